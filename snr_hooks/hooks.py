@@ -1,0 +1,151 @@
+"""Backward hooks that fire exactly once per optimizer step and weight.
+
+A gradient may be accumulated many times between two steps (micro-batches, ``retain_graph``,
+tied weights under reentrant checkpointing), or never. The rule here is a flag per weight:
+
+- *pending* after ``rearm()``, which the optimizer calls in ``step()`` and ``zero_grad()``;
+- pending when, just before an accumulation, the gradient turns out to have been reset:
+  it is None, or it was touched since the last accumulation and now is all zeros. That is
+  how ``model.zero_grad()`` and ``p.grad = None`` are noticed;
+- the first accumulation while pending adds the term and clears the flag.
+
+Whether a gradient was touched is read off its version counter, so the comparison with zero
+costs nothing in ordinary loops. The counter does not see ``p.grad.data.zero_()``.
+
+The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients that
+``torch.autograd.grad`` returns are left alone, DDP averages the result, clipping sees it.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from snr_hooks.discovery import Target
+
+AddTerm = Callable[[Target, Tensor], None]
+"""Adds the regularization term of a target to its gradient, in place."""
+
+
+class GradientHooks:
+    """Owns the hooks on a set of weights, and calls ``add_term`` once per step for each.
+
+    Parameters hold their hooks strongly, so the hooks hold this object weakly: after
+    ``remove()``, or when this object is dropped, the parameters carry no trace of it.
+
+    Args:
+        add_term: Called under no_grad.
+    """
+
+    def __init__(self, add_term: AddTerm) -> None:
+        self._add_term = add_term
+        self._weights: list[_HookedWeight] = []
+
+    def attach(self, targets: Iterable[Target]) -> None:
+        """Hook more weights, all of them or, on error, none.
+
+        Args:
+            targets: The weights.
+
+        Raises:
+            RuntimeError: A weight is hooked already, which would double its term.
+        """
+        targets = list(targets)
+        for target in targets:
+            if id(target.parameter) in _hooked:
+                raise RuntimeError(
+                    "expected weights that no live SNROptimizer regularizes, found "
+                    f"{target.name!r} already wrapped: its term would be added twice; call "
+                    "remove() on the other wrapper first, or wrap only one"
+                )
+        self._weights += [_HookedWeight(target, self._add_term) for target in targets]
+
+    def rearm(self) -> None:
+        """Make every weight pending: a step was taken, or all gradients were reset."""
+        for weight in self._weights:
+            weight.pending = True
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for weight in self._weights:
+            weight.remove()
+        self._weights.clear()
+
+
+class _HookedWeight:
+    """The hooks and the flag of one weight."""
+
+    def __init__(self, target: Target, add_term: AddTerm) -> None:
+        self.pending = True
+        self._target = target
+        self._add_term = add_term
+        self._last_grad: weakref.ref[Tensor] | None = None
+        self._last_version = 0
+        key = id(target.parameter)
+        _hooked[key] = self
+        self.remove = weakref.finalize(self, _unhook, key, self._register())
+        self.remove.atexit = False
+
+    def _register(self) -> list[RemovableHandle]:
+        reference = weakref.ref(self)
+
+        def before(grad: Tensor) -> None:
+            if (weight := reference()) is not None:
+                weight.before_accumulation()
+
+        def after(parameter: Tensor) -> None:
+            if (weight := reference()) is not None:
+                weight.after_accumulation()
+
+        parameter = self._target.parameter
+        return [
+            parameter.register_hook(before),  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(after),  # type: ignore[no-untyped-call]
+        ]
+
+    def before_accumulation(self) -> None:
+        """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
+        grad = self._target.parameter.grad
+        if self.pending or self._untouched(grad):
+            return
+        self.pending = grad is None or not bool(grad.any())
+
+    def after_accumulation(self) -> None:
+        """Add the term if it is due."""
+        grad = self._target.parameter.grad
+        assert grad is not None  # autograd has just accumulated into it
+        if self.pending:
+            self._add(grad)
+        self._last_grad, self._last_version = weakref.ref(grad), grad._version
+
+    def _add(self, grad: Tensor) -> None:
+        if grad.layout is not torch.strided:
+            warnings.warn(
+                f"the gradient of {self._target.name!r} is sparse ({grad.layout}); it is "
+                "not regularized: exclude it, or make its gradient dense",
+                stacklevel=2,
+            )
+            return
+        with torch.no_grad():  # create_graph=True leaves grad mode on
+            self._add_term(self._target, grad)
+        self.pending = False
+
+    def _untouched(self, grad: Tensor | None) -> bool:
+        """Whether nothing but autograd can have changed the gradient since the last time."""
+        if grad is None or self._last_grad is None:
+            return False
+        return self._last_grad() is grad and self._last_version == grad._version
+
+
+# By id, not by parameter: a weak reference to a parameter would make
+# torch.utils.swap_tensors refuse it. A hooked weight keeps its parameter, so ids stay valid.
+_hooked: weakref.WeakValueDictionary[int, _HookedWeight] = weakref.WeakValueDictionary()
+
+
+def _unhook(key: int, handles: list[RemovableHandle]) -> None:
+    _hooked.pop(key, None)
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,431 @@
+"""SNROptimizer: any optimizer, with spectral norm regularization added to the gradients."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from snr_hooks.discovery import Discovery, Selection, Skipped, Target, discover, linear_maps
+from snr_hooks.estimators import Estimator, ExactSVD, PowerIteration
+from snr_hooks.hooks import GradientHooks
+from snr_hooks.term import STRENGTH, SpectralTerm, checked_strength
+
+STATE_KEY = "snr_hooks"
+"""Entry of the state dict that holds the singular vectors, by parameter name."""
+
+# With these, GradScaler takes an optimizer for one that unscales by itself: forwarded from
+# a fused base they would leave gradients scaled.
+_READ_BY_GRAD_SCALER = {"grad_scale", "found_inf"}
+
+_HOOK_DICTIONARIES = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class SNROptimizer(Optimizer):
+    r"""Wrap an optimizer so that each weight's gradient gains lambda * sigma_1 * u_1 v_1^T.
+
+    That is the gradient of :math:`\frac{\lambda}{2} \sum_l \sigma_1(W^l)^2` (Yoshida and
+    Miyato 2017, arXiv 1705.10941, section 3). Backward hooks add it once per optimizer step;
+    the loss is untouched. Use the wrapper in place of the wrapped optimizer: schedulers,
+    scalers and checkpoints see a ``torch.optim.Optimizer`` whose ``param_groups``,
+    ``state`` and ``defaults`` are those of the wrapped one. Other public attributes are
+    forwarded to it.
+
+    Lambda is the entry ``snr_lambda`` of a weight's param group, read anew at every step;
+    0 switches a group off at no cost.
+
+    Args:
+        optimizer: Any optimizer over parameters of ``model``.
+        model: The model whose weights are regularized, as ``discover`` finds them.
+        lambda_: Lambda of the groups that do not name one.
+        include: Shell patterns on parameter names, or a predicate; see ``discover``.
+        exclude: Likewise; it wins over ``include``.
+        n_power_iterations: Power iterations per weight and step.
+        exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
+        scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
+            term is scaled with the loss, so that unscaling restores lambda.
+        seed: Seed of the starting vectors. The global random stream is not touched.
+
+    Attributes:
+        optimizer: The wrapped optimizer.
+        targets: The regularized weights.
+        skipped: All other parameters of two or more dimensions, with the reason.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range, a weight is not finite, or there is
+            nothing to regularize.
+        RuntimeError: Another live wrapper regularizes one of the weights.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        >>> [target.name for target in opt.targets]
+        ['weight']
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        lambda_: float = 0.01,
+        *,
+        include: Selection = None,
+        exclude: Selection = None,
+        n_power_iterations: int = 1,
+        exact: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
+        seed: int = 0,
+    ) -> None:
+        # No super().__init__(): it would make param groups of its own, which silently
+        # detach from those of the wrapped optimizer at the first load_state_dict().
+        _check_optimizer(optimizer)
+        strength = checked_strength(lambda_, "lambda_")
+        n_iterations = _checked_int(n_power_iterations, "n_power_iterations", at_least=1)
+        seed = _checked_int(seed, "seed", at_least=0)
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"expected scaler to be a torch.amp.GradScaler, found {scaler!r}")
+        estimator: Estimator = ExactSVD() if exact else PowerIteration(n_iterations, seed)
+        self.optimizer = optimizer
+        self.targets: tuple[Target, ...] = ()
+        self.skipped: tuple[Skipped, ...] = ()
+        self._model = model
+        self._selection = _reusable(include), _reusable(exclude)
+        self._term = SpectralTerm(optimizer, estimator, strength, scaler)
+        self._removed = False
+        self._groups_given_lambda: list[int] = []
+        self._set_up()
+        self._adopt_targets()
+        if not self.targets:
+            raise ValueError(_nothing_to_regularize(self.skipped))
+        self._complete_groups()
+
+    def _set_up(self) -> None:
+        """Make what is neither copied nor pickled: hooks, of both kinds."""
+        for name in _HOOK_DICTIONARIES:
+            setattr(self, name, OrderedDict())
+        self._patch_step_function()
+        self._hooks = GradientHooks(self._term.add)
+        self._owners: list[tuple[nn.Module, str]] = []
+        self._frozen: list[nn.Parameter] = []
+
+    # --- the wrapped optimizer, live ---
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The param groups of the wrapped optimizer."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+        self._term.index_groups()
+
+    @property
+    def state(self) -> Any:
+        """The per-parameter state of the wrapped optimizer."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The default options of the wrapped optimizer."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward other public attributes to the wrapped optimizer."""
+        if name.startswith("_") or name in _READ_BY_GRAD_SCALER or name == "optimizer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    # --- training ---
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step the wrapped optimizer; the gradients have gained their term in backward.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss, for optimizers that
+                want one.
+
+        Returns:
+            What the wrapped optimizer returns.
+
+        Raises:
+            RuntimeError: The model holds another parameter than the one that was wrapped.
+        """
+        self._check_parameters()
+        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self._prepare_next_step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
+        self._prepare_next_step()
+
+    def _prepare_next_step(self) -> None:
+        self._hooks.rearm()
+        if any(parameter.requires_grad for parameter in self._frozen):
+            self._adopt_targets()
+
+    def _check_parameters(self) -> None:
+        """Refuse to go on with a parameter that the model does not use any more."""
+        for target, (module, attribute) in zip(self.targets, self._owners, strict=True):
+            if module._parameters.get(attribute) is not target.parameter:
+                raise RuntimeError(
+                    f"expected {target.name!r} to be the parameter that was wrapped, found "
+                    "another in its place (load_state_dict(assign=True), a parametrization, "
+                    "sharding, or materialization from meta does that); nothing was "
+                    "changed: call remove(), then build the optimizer and the wrapper anew"
+                )
+
+    # --- what is regularized ---
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer and regularize the weights it brings.
+
+        Args:
+            param_group: As for ``torch.optim.Optimizer``; may hold ``snr_lambda``.
+        """
+        checked_strength(param_group.get(STRENGTH, 0.0), STRENGTH)
+        self.optimizer.add_param_group(param_group)
+        self._term.index_groups()
+        if not self._removed:
+            self._complete_groups()
+            self._adopt_targets()
+
+    def spectral_norms(self) -> dict[str, float]:
+        """Estimate sigma_1 of every target's matrix as of now.
+
+        These are the values that the next terms would be built with: lower bounds from
+        power iteration, or exact values with ``exact=True``. Reading them changes nothing.
+
+        Returns:
+            The estimates by parameter name.
+        """
+        return {
+            target.name: float(self._term.estimator.peek(target).sigma) for target in self.targets
+        }
+
+    def remove(self) -> None:
+        """Take the hooks off the model; from here on only the wrapped optimizer acts.
+
+        Groups that got ``snr_lambda`` from this wrapper lose it again.
+        """
+        self._hooks.remove()
+        for index in self._groups_given_lambda:
+            self.param_groups[index].pop(STRENGTH, None)
+        self._groups_given_lambda.clear()
+        self._removed = True
+
+    def _complete_groups(self) -> None:
+        """Write the default lambda into groups without one, where users can see it."""
+        for index, group in enumerate(self.param_groups):
+            if STRENGTH not in group:
+                group[STRENGTH] = self._term.default
+                self._groups_given_lambda.append(index)
+
+    def _adopt_targets(self) -> None:
+        """Hook the weights that can be regularized by now and were not before."""
+        found = self._discover()
+        known = {target.name for target in self.targets}
+        new = [target for target in found.targets if target.name not in known]
+        for target in new:
+            _check_values(target)
+        self._hooks.attach(new)
+        self.targets += tuple(new)
+        names = known | {target.name for target in new}
+        self.skipped = tuple(skip for skip in found.skipped if skip.name not in names)
+        self._locate_targets()
+
+    def _discover(self) -> Discovery:
+        """Discover, less what the optimizer does not hold."""
+        found = discover(self._model, *self._selection)
+        held = [target for target in found.targets if self._term.holds(target.parameter)]
+        missing = [
+            Skipped(target.name, "not held by the optimizer")
+            for target in found.targets
+            if not self._term.holds(target.parameter)
+        ]
+        return Discovery(tuple(held), found.skipped + tuple(missing))
+
+    def _locate_targets(self) -> None:
+        """Remember where the model holds the targets, and which weights may join them."""
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        places = [target.name.rpartition(".") for target in self.targets]
+        self._owners = [(modules[path], attribute) for path, _, attribute in places]
+        self._frozen = [
+            found.parameter
+            for found in linear_maps(self._model)
+            if self._term.holds(found.parameter) and not found.parameter.requires_grad
+        ]
+
+    # --- checkpoints and copies ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state, and the singular vectors beside it.
+
+        A plain optimizer loads it too: it ignores the additional entry.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.optimizer.state_dict()
+        state_dict[STATE_KEY] = {"vectors": self._term.estimator.state_dict()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this wrapper, or of a plain optimizer of the wrapped kind.
+
+        From a plain state, groups keep their lambda and power iteration starts afresh.
+
+        Args:
+            state_dict: From ``state_dict()``. It is not changed.
+
+        Raises:
+            ValueError: The state does not fit; nothing was loaded then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        vectors = _saved_vectors(state_dict)
+        strengths = [group.get(STRENGTH) for group in self.param_groups]
+        estimator = self._term.estimator.restored(vectors, self.targets)
+        self.optimizer.load_state_dict(
+            {key: value for key, value in state_dict.items() if key != STATE_KEY}
+        )
+        self._term.estimator = estimator
+        for group, strength in zip(self.param_groups, strengths, strict=True):
+            if strength is not None:
+                group.setdefault(STRENGTH, strength)
+        self._term.index_groups()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: no hooks, and no patched ``step``.
+
+        A scheduler stores a ``step`` bound to this object in the instance; a copy that
+        kept it would step the original.
+        """
+        kept = (
+            "optimizer",
+            "targets",
+            "skipped",
+            "_model",
+            "_selection",
+            "_term",
+            "_removed",
+            "_groups_given_lambda",
+        )
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copied state and hook the copied weights."""
+        self.__dict__.update(state)
+        self._term.index_groups()
+        self._set_up()
+        if not self._removed:
+            self._hooks.attach(self.targets)
+            self._locate_targets()
+
+    def __repr__(self) -> str:
+        """Show what is regularized, how, and the wrapped optimizer."""
+        strengths = sorted({self._term.strength(target.parameter) for target in self.targets})
+        status = "removed" if self._removed else f"{len(self.targets)} weights regularized"
+        wrapped = repr(self.optimizer).replace("\n", "\n  ")
+        return (
+            f"{type(self).__name__}(\n"
+            f"  {status}, {len(self.skipped)} skipped\n"
+            f"  {STRENGTH}: {', '.join(map(str, strengths))}\n"
+            f"  sigma, u, v by {self._term.estimator!r}\n"
+            f"  {wrapped}\n)"
+        )
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}: pass the "
+            "optimizer first and the model second"
+        )
+    if isinstance(optimizer, SNROptimizer):
+        raise ValueError(
+            "expected an optimizer without regularization, found an SNROptimizer: wrap once, "
+            f"and use {STRENGTH!r} in param groups for several strengths"
+        )
+    for index, group in enumerate(optimizer.param_groups):
+        checked_strength(group.get(STRENGTH, 0.0), f"{STRENGTH} of group {index}")
+
+
+def _checked_int(value: object, what: str, *, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected {what} to be an integer, found {value!r}")
+    if value < at_least:
+        raise ValueError(f"expected {what} to be at least {at_least}, found {value}")
+    return value
+
+
+def _check_values(target: Target) -> None:
+    weight = target.parameter
+    if weight.is_meta:
+        raise ValueError(
+            f"expected weights with values, found {target.name!r} on the meta device: "
+            "materialize the model and build the optimizer before wrapping"
+        )
+    finite = weight.detach().isfinite()
+    if not finite.all():
+        bad = weight.numel() - int(finite.sum())
+        raise ValueError(
+            f"expected finite weights, found {bad} of {weight.numel()} entries of "
+            f"{target.name!r} NaN or infinite: initialize the model, or load a sound checkpoint"
+        )
+
+
+def _saved_vectors(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return the vectors of a state dict, none for that of a plain optimizer."""
+    for index, group in enumerate(state_dict["param_groups"]):
+        checked_strength(group.get(STRENGTH, 0.0), f"{STRENGTH} of group {index} in the state dict")
+    entry = state_dict.get(STATE_KEY, {"vectors": {}})
+    vectors = entry.get("vectors") if isinstance(entry, Mapping) else None
+    if not isinstance(vectors, Mapping):
+        raise ValueError(
+            f"expected {STATE_KEY!r} in the state dict to hold 'vectors' by parameter name, "
+            f"found {type(entry).__name__}: load a state dict of an SNROptimizer or of a "
+            "plain optimizer"
+        )
+    return vectors
+
+
+def _nothing_to_regularize(skipped: Iterable[Skipped]) -> str:
+    reasons = [f"{skip.name}: {skip.reason}" for skip in skipped]
+    shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
+    return (
+        "expected at least one weight to regularize, found none: the model needs a trainable "
+        "Linear or convolution weight that include and exclude admit and the optimizer "
+        f"holds. Skipped: {shown or 'nothing, the model has no such parameter'}"
+    )
+
+
+def _reusable(selection: Selection) -> Selection:
+    """Turn an iterator of patterns, good for one pass, into a tuple."""
+    if selection is None or isinstance(selection, str) or callable(selection):
+        return selection
+    return tuple(selection)

@@ -1,0 +1,85 @@
+"""The regularization term lambda * sigma * u v^T, at the scale the gradient has."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snr_hooks.discovery import Target
+from snr_hooks.estimators import Estimator
+
+STRENGTH = "snr_lambda"
+"""Key of lambda in a param group."""
+
+
+class SpectralTerm:
+    """Adds the gradient of (lambda / 2) * sigma^2, the penalty of the paper (section 3).
+
+    Args:
+        optimizer: Holds lambda in its param groups. They are read anew for every term, so
+            that lambda can be scheduled like a learning rate.
+        estimator: Where sigma, u and v come from.
+        default: lambda for groups that do not name one.
+        scaler: The loss scaler whose scale the gradients carry, if any.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        estimator: Estimator,
+        default: float,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.estimator = estimator
+        self.scaler = scaler
+        self.default = default
+        self._optimizer = optimizer
+        self._group_of: dict[int, int] = {}
+        self.index_groups()
+
+    def index_groups(self) -> None:
+        """Look up again which param group holds which parameter."""
+        self._group_of = {
+            id(parameter): i
+            for i, group in enumerate(self._optimizer.param_groups)
+            for parameter in group["params"]
+        }
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Return whether the optimizer updates the parameter."""
+        return id(parameter) in self._group_of
+
+    def strength(self, parameter: Tensor) -> float:
+        """Return the current lambda of a parameter that the optimizer holds.
+
+        Raises:
+            TypeError: Its param group's lambda is not a number.
+            ValueError: It is negative or not finite.
+        """
+        index = self._group_of[id(parameter)]
+        group = self._optimizer.param_groups[index]
+        return checked_strength(group.get(STRENGTH, self.default), f"{STRENGTH} of group {index}")
+
+    def add(self, target: Target, grad: Tensor) -> None:
+        """Add the term to the gradient in place; nothing is computed where lambda is 0."""
+        strength = self.strength(target.parameter)
+        if strength == 0:
+            return
+        sigma, u, v = self.estimator.advance(target)
+        target.view.add_outer_(grad, strength * self._scale(grad.device) * sigma * u, v)
+
+    def _scale(self, device: torch.device) -> Tensor | float:
+        if self.scaler is None:
+            return 1.0
+        # The public way to read the scale without a host synchronization.
+        return self.scaler.scale(torch.ones((), device=device))
+
+
+def checked_strength(value: Any, what: str) -> float:
+    """Return lambda as a float, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected {what} to be a number >= 0, found {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"expected {what} to be finite and >= 0, found {value!r}")
+    return float(value)
