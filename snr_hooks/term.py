@@ -67,7 +67,7 @@ class SpectralTerm:
         if strength == 0:
             return
         sigma, u, v = self.estimator.advance(target)
-        target.view.add_outer_(grad, strength * self._scale(grad.device) * sigma * u, v)
+        target.view.add_outer_(grad, strength * sigma * u * self._scale(grad.device), v)
 
     def _scale(self, device: torch.device) -> Tensor | float:
         if self.scaler is None:

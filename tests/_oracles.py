@@ -1,0 +1,64 @@
+"""Independent ways to compute what the package computes: numpy, loops, autograd of a penalty."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def as_matrix(weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """Output channels as rows, written as an explicit permutation and reshape."""
+    axes = list(range(weight.ndim))
+    if transposed:
+        axes[0], axes[1] = 1, 0
+    permuted = weight.permute(axes)
+    return permuted.reshape(permuted.shape[0], -1)
+
+
+def from_matrix(matrix: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """Undo ``as_matrix``."""
+    if not transposed:
+        return matrix.reshape(weight.shape)
+    swapped = (weight.shape[1], weight.shape[0], *weight.shape[2:])
+    return matrix.reshape(swapped).transpose(0, 1)
+
+
+def exact_term(weight: Tensor, *, transposed: bool = False) -> tuple[float, Tensor]:
+    """sigma_1 and sigma_1 * u_1 v_1^T in the weight's shape, by numpy's SVD in float64."""
+    matrix = as_matrix(weight.detach(), transposed=transposed).double().numpy()
+    u, sigma, vh = np.linalg.svd(matrix, full_matrices=False)
+    term = torch.from_numpy(sigma[0] * np.outer(u[:, 0], vh[0]))
+    return float(sigma[0]), from_matrix(term, weight, transposed=transposed)
+
+
+def is_transposed(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), TRANSPOSED)
+
+
+def exact_terms(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[float, Tensor]]:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: exact_term(parameters[name], transposed=is_transposed(model, name)) for name in names
+    }
+
+
+def penalty(model: nn.Module, strengths: Mapping[str, float]) -> Tensor:
+    """sum of (lambda / 2) * sigma_1^2, differentiable by autograd through svdvals."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    total = torch.zeros((), dtype=next(iter(parameters.values())).dtype)
+    for name, strength in strengths.items():
+        matrix = as_matrix(parameters[name], transposed=is_transposed(model, name))
+        total = total + strength / 2 * torch.linalg.svdvals(matrix)[0].square()
+    return total
+
+
+def matrix_with(singular_values: Iterable[float], m: int, n: int, seed: int) -> Tensor:
+    """A float64 matrix with the given singular values and random singular vectors."""
+    values = torch.tensor(list(singular_values), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    left, _ = torch.linalg.qr(torch.randn(m, len(values), generator=generator, dtype=values.dtype))
+    right, _ = torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=values.dtype))
+    return (left * values) @ right.T
