@@ -1,5 +1,6 @@
 """SNROptimizer: any optimizer, with spectral norm regularization added to the gradients."""
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -115,6 +116,12 @@ class SNROptimizer(Optimizer):
             setattr(self, name, OrderedDict())
         self._patch_step_function()
         self._hooks = GradientHooks(self._term.add)
+        # Also when this object is dropped: a stale lambda must not outlive it in the groups
+        # of the wrapped optimizer and win over the lambda_ of the next wrapper.
+        self._withdraw_lambda = weakref.finalize(
+            self, _withdraw_lambda, self.optimizer, self._groups_given_lambda
+        )
+        self._withdraw_lambda.atexit = False
         self._owners: list[tuple[nn.Module, str]] = []
         self._frozen: list[nn.Parameter] = []
 
@@ -181,7 +188,7 @@ class SNROptimizer(Optimizer):
 
     def _prepare_next_step(self) -> None:
         self._hooks.rearm()
-        if any(parameter.requires_grad for parameter in self._frozen):
+        if not self._removed and any(weight.requires_grad for weight in self._frozen):
             self._adopt_targets()
 
     def _check_parameters(self) -> None:
@@ -229,9 +236,7 @@ class SNROptimizer(Optimizer):
         Groups that got ``snr_lambda`` from this wrapper lose it again.
         """
         self._hooks.remove()
-        for index in self._groups_given_lambda:
-            self.param_groups[index].pop(STRENGTH, None)
-        self._groups_given_lambda.clear()
+        self._withdraw_lambda()
         self._removed = True
 
     def _complete_groups(self) -> None:
@@ -358,6 +363,12 @@ class SNROptimizer(Optimizer):
             f"  sigma, u, v by {self._term.estimator!r}\n"
             f"  {wrapped}\n)"
         )
+
+
+def _withdraw_lambda(optimizer: Optimizer, groups: list[int]) -> None:
+    for index in groups:
+        optimizer.param_groups[index].pop(STRENGTH, None)
+    groups.clear()
 
 
 def _check_optimizer(optimizer: object) -> None:

@@ -1,5 +1,6 @@
 """Properties of power iteration against exact SVD, drawn by Hypothesis."""
 
+import itertools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def test_does_not_decrease_on_a_fixed_matrix(drawn):
         triplet = iterate(matrix, 1, seed, v)
         sigmas.append(triplet.sigma.double().item())
         v = triplet.v
-    for before, after in zip(sigmas, sigmas[1:], strict=False):
+    for before, after in itertools.pairwise(sigmas):
         assert after >= before * (1 - rounding(matrix))
 
 
