@@ -111,11 +111,12 @@ class SNROptimizer(Optimizer):
         self._complete_groups()
 
     def _set_up(self) -> None:
-        """Make what is neither copied nor pickled: hooks, of both kinds."""
+        """Make what is neither copied nor pickled: the hooks, and their way out."""
         for name in _HOOK_DICTIONARIES:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
         self._hooks = GradientHooks(self._term.add)
+        self._hooks.attach(self.targets)
         # Also when this object is dropped: a stale lambda must not outlive it in the groups
         # of the wrapped optimizer and win over the lambda_ of the next wrapper.
         self._withdraw_lambda = weakref.finalize(
@@ -188,7 +189,7 @@ class SNROptimizer(Optimizer):
 
     def _prepare_next_step(self) -> None:
         self._hooks.rearm()
-        if not self._removed and any(weight.requires_grad for weight in self._frozen):
+        if any(weight.requires_grad for weight in self._frozen):
             self._adopt_targets()
 
     def _check_parameters(self) -> None:
@@ -233,11 +234,12 @@ class SNROptimizer(Optimizer):
     def remove(self) -> None:
         """Take the hooks off the model; from here on only the wrapped optimizer acts.
 
-        Groups that got ``snr_lambda`` from this wrapper lose it again.
+        ``targets`` is empty then. Groups that got ``snr_lambda`` from this wrapper lose it again.
         """
         self._hooks.remove()
         self._withdraw_lambda()
         self._removed = True
+        self.targets, self._owners, self._frozen = (), [], []
 
     def _complete_groups(self) -> None:
         """Write the default lambda into groups without one, where users can see it."""
@@ -348,17 +350,16 @@ class SNROptimizer(Optimizer):
         self._term.index_groups()
         self._set_up()
         if not self._removed:
-            self._hooks.attach(self.targets)
             self._locate_targets()
 
     def __repr__(self) -> str:
         """Show what is regularized, how, and the wrapped optimizer."""
         strengths = sorted({self._term.strength(target.parameter) for target in self.targets})
-        status = "removed" if self._removed else f"{len(self.targets)} weights regularized"
+        status = "removed, 0" if self._removed else f"{len(self.targets)}"
         wrapped = repr(self.optimizer).replace("\n", "\n  ")
         return (
             f"{type(self).__name__}(\n"
-            f"  {status}, {len(self.skipped)} skipped\n"
+            f"  {status} weights regularized, {len(self.skipped)} skipped\n"
             f"  {STRENGTH}: {', '.join(map(str, strengths))}\n"
             f"  sigma, u, v by {self._term.estimator!r}\n"
             f"  {wrapped}\n)"

@@ -1,0 +1,66 @@
+"""Imports go one way, the core needs torch alone, and its documentation runs."""
+
+import ast
+import doctest
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import snr_hooks
+
+PACKAGE = Path(snr_hooks.__file__).parent
+ALLOWED = {
+    "_text": set(),
+    "power_iteration": set(),
+    "views": {"_text"},
+    "discovery": {"_text", "views"},
+    "estimators": {"discovery", "power_iteration"},
+    "hooks": {"discovery"},
+    "term": {"discovery", "estimators"},
+    "optimizer": {"discovery", "estimators", "hooks", "term"},
+    "diagnostics": {"_text", "discovery"},
+    "__init__": {"diagnostics", "discovery", "optimizer"},
+}
+
+
+def imports(path):
+    """Yield the full name of every module that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            yield node.module
+
+
+def test_every_module_is_listed():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_go_one_way(module):
+    for name in imports(PACKAGE / f"{module}.py"):
+        package, _, inner = name.partition(".")
+        if package == "snr_hooks":
+            assert inner in ALLOWED[module], f"{module} imports {name}"
+        else:
+            assert package == "torch" or package in sys.stdlib_module_names, name
+
+
+def test_recipes_use_public_names_only():
+    for path in (PACKAGE.parent / "recipes").rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith("snr_hooks."), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_docstring_examples_run(module):
+    name = "snr_hooks" if module == "__init__" else f"snr_hooks.{module}"
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_public_names_exist():
+    assert all(hasattr(snr_hooks, name) for name in snr_hooks.__all__)
+    assert {"SNROptimizer", "discover", "audit"} <= set(snr_hooks.__all__)

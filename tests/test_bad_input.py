@@ -1,0 +1,276 @@
+"""Bad input gets an error that says what was expected, found and to do; nothing is lost."""
+
+import copy
+import math
+
+import pytest
+import torch
+from _models import build
+from torch import nn
+
+from snr_hooks import SNROptimizer, audit
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def trained():
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model)
+    model(model.example).sum().backward()
+    opt.step()
+    return model, opt
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, -math.inf])
+def test_lambda_out_of_range(value):
+    model = build("mlp")
+    with pytest.raises(ValueError, match=r"expected lambda_ to be finite and >= 0, found"):
+        SNROptimizer(sgd(model), model, value)
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True, torch.tensor(0.1), 1j])
+def test_lambda_is_not_a_number(value):
+    model = build("mlp")
+    with pytest.raises(TypeError, match=r"expected lambda_ to be a number >= 0, found"):
+        SNROptimizer(sgd(model), model, value)
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1.0, ValueError), ("a", TypeError)])
+def test_bad_lambda_of_a_group(value, error):
+    model = build("mlp")
+    groups = [{"params": model.parameters(), "snr_lambda": value}]
+    with pytest.raises(error, match="snr_lambda of group 0"):
+        SNROptimizer(torch.optim.SGD(groups, lr=0.1), model)
+
+
+def test_bad_lambda_set_between_steps_is_refused_in_backward():
+    model, opt = trained()
+    opt.param_groups[0]["snr_lambda"] = math.nan
+    opt.zero_grad()
+    with pytest.raises(ValueError, match="snr_lambda of group 0 to be finite"):
+        model(model.example).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-3, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_bad_number_of_power_iterations(value, error):
+    model = build("mlp")
+    with pytest.raises(error, match="expected n_power_iterations to be"):
+        SNROptimizer(sgd(model), model, n_power_iterations=value)
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("0", TypeError)])
+def test_bad_seed(value, error):
+    model = build("mlp")
+    with pytest.raises(error, match="expected seed to be"):
+        SNROptimizer(sgd(model), model, seed=value)
+
+
+def test_arguments_in_the_wrong_order():
+    model = build("mlp")
+    with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, found Net: pass the"):
+        SNROptimizer(model, sgd(model))
+
+
+def test_model_is_no_module():
+    model = build("mlp")
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model, found generator"):
+        SNROptimizer(sgd(model), model.parameters())
+
+
+def test_scaler_is_no_grad_scaler():
+    model = build("mlp")
+    with pytest.raises(TypeError, match=r"expected scaler to be a torch\.amp\.GradScaler"):
+        SNROptimizer(sgd(model), model, scaler=1024.0)
+
+
+def test_nothing_to_regularize_names_the_reasons():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2))
+    with pytest.raises(ValueError, match=r"found none.*0\.weight: Embedding\.weight is not the"):
+        SNROptimizer(sgd(model), model)
+    with pytest.raises(ValueError, match="the model has no such parameter"):
+        SNROptimizer(sgd(nn.LayerNorm(2)), nn.LayerNorm(2))
+
+
+def test_everything_excluded():
+    model = build("mlp")
+    with pytest.raises(ValueError, match=r"body\.0\.weight: matched by exclude"):
+        SNROptimizer(sgd(model), model, exclude=lambda name: True)
+
+
+def test_no_overlap_between_model_and_optimizer():
+    with pytest.raises(ValueError, match=r"body\.0\.weight: not held by the optimizer"):
+        SNROptimizer(sgd(build("mlp")), build("mlp"))
+
+
+def test_include_without_a_match_names_the_nearest():
+    model = build("mlp")
+    with pytest.raises(ValueError, match=r"'body\.0\.wieght' .* nearest: 'body\.0\.weight'"):
+        SNROptimizer(sgd(model), model, include="body.0.wieght")
+
+
+def test_wrapping_twice():
+    model, opt = trained()
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="found an SNROptimizer: wrap once"):
+        SNROptimizer(opt, model)
+    with pytest.raises(RuntimeError, match=r"found 'body\.0\.weight' already wrapped.*remove\(\)"):
+        SNROptimizer(sgd(model), model)
+    with pytest.raises(RuntimeError, match="already wrapped"):
+        copy.copy(opt)
+    assert opt.state_dict()["param_groups"] == before["param_groups"]
+    opt.remove()
+    SNROptimizer(sgd(model), model)
+
+
+def test_a_refused_wrapper_leaves_model_and_optimizer_as_they_were():
+    model, opt = trained()
+    other = sgd(model)
+    with pytest.raises(RuntimeError):
+        SNROptimizer(other, model)
+    assert "snr_lambda" not in other.param_groups[0]
+    assert opt.param_groups[0]["snr_lambda"] == 0.01
+    assert all(len(t.parameter._post_accumulate_grad_hooks) == 1 for t in opt.targets)
+
+
+def test_two_wrappers_on_different_weights_of_one_model():
+    model = build("mlp")
+    first = SNROptimizer(sgd(model.body[0]), model, include="body.0.*")
+    second = SNROptimizer(sgd(model.body[2]), model, include="body.2.*")
+    assert [t.name for t in (*first.targets, *second.targets)] == ["body.0.weight", "body.2.weight"]
+
+
+def test_uninitialized_lazy_parameters():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"lazy '1\.weight'.*run one forward pass"):
+        SNROptimizer(sgd(model[0]), model)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(value):
+    model = build("mlp")
+    with torch.no_grad():
+        model.body[2].weight[0, :2] = value
+    with pytest.raises(ValueError, match=r"found 2 of 24 entries of 'body\.2\.weight' NaN or inf"):
+        SNROptimizer(sgd(model), model)
+
+
+def test_weights_on_the_meta_device():
+    with torch.device("meta"):
+        model = build("mlp")
+    with pytest.raises(ValueError, match=r"'body\.0\.weight' on the meta device: materialize"):
+        SNROptimizer(sgd(model), model)
+
+
+def replaced_by_assignment(model):
+    model.load_state_dict(model.state_dict(), assign=True)
+
+
+def replaced_by_a_parametrization(model):
+    nn.utils.parametrizations.weight_norm(model.body[0])
+
+
+def replaced_by_materialization(model):
+    model.to("meta")
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [replaced_by_assignment, replaced_by_a_parametrization, replaced_by_materialization],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_parameter_that_was_replaced_stops_the_step(replace):
+    model, opt = trained()
+    replace(model)
+    before = [t.parameter.detach().clone() for t in opt.targets]
+    with pytest.raises(RuntimeError, match=r"expected 'body\.0\.weight' to be the parameter that"):
+        opt.step()
+    for target, weight in zip(opt.targets, before, strict=True):
+        assert torch.equal(target.parameter, weight)
+    opt.remove()
+    opt.step()
+
+
+# --- state dicts ---
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (torch.ones(5), r"shape \(6,\), found shape \(5,\)"),
+        (torch.ones(6, 1), r"found shape \(6, 1\)"),
+        (torch.zeros(6), "zero or not finite"),
+        (torch.full((6,), math.nan), "zero or not finite"),
+        ([1.0] * 6, "found a list"),
+    ],
+)
+def test_a_state_dict_with_bad_vectors_changes_nothing(vector, message):
+    _, opt = trained()
+    before = copy.deepcopy(opt.state_dict())
+    state = copy.deepcopy(before)
+    state["snr_hooks"]["vectors"]["body.0.weight"] = vector
+    state["param_groups"][0]["lr"] = 77.0
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.1
+    after = opt.state_dict()["snr_hooks"]["vectors"]
+    for name, v in before["snr_hooks"]["vectors"].items():
+        assert torch.equal(after[name], v)
+
+
+@pytest.mark.parametrize("entry", [None, [], {"v": {}}, {"vectors": []}])
+def test_a_state_dict_with_a_malformed_entry(entry):
+    _, opt = trained()
+    with pytest.raises(ValueError, match="'snr_hooks' in the state dict to hold 'vectors'"):
+        opt.load_state_dict({**opt.state_dict(), "snr_hooks": entry})
+
+
+def test_a_state_dict_with_a_bad_lambda_changes_nothing():
+    _, opt = trained()
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0].update(snr_lambda=-1.0, lr=77.0)
+    with pytest.raises(ValueError, match="snr_lambda of group 0 in the state dict"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+def test_a_state_dict_that_the_wrapped_optimizer_refuses_changes_nothing():
+    _, opt = trained()
+    vectors = opt.state_dict()["snr_hooks"]["vectors"]
+    state = copy.deepcopy(opt.state_dict())
+    state["snr_hooks"]["vectors"]["body.0.weight"] *= -1
+    state["param_groups"] *= 2
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        opt.load_state_dict(state)
+    for name, v in opt.state_dict()["snr_hooks"]["vectors"].items():
+        assert torch.equal(v, vectors[name])
+
+
+def test_add_param_group_with_a_bad_lambda_adds_nothing():
+    _, opt = trained()
+    with pytest.raises(ValueError, match="snr_lambda"):
+        opt.add_param_group({"params": nn.Linear(2, 2).parameters(), "snr_lambda": -1})
+    assert len(opt.param_groups) == 1
+
+
+# --- what is skipped only once it happens ---
+
+
+def test_a_gradient_that_turns_out_sparse_is_left_alone_with_a_warning():
+    layer = nn.Linear(4, 7, bias=False)
+    opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer)
+    indices = torch.tensor([0, 2])
+    with pytest.warns(UserWarning, match="the gradient of 'weight' is sparse"):
+        nn.functional.embedding(indices, layer.weight, sparse=True).sum().backward()
+    dense = layer.weight.grad.to_dense()
+    assert torch.equal(dense[indices], torch.ones(2, 4))
+    assert dense.sum() == 8
+    opt.step()
+
+
+def test_audit_of_something_else():
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or an SNROptimizer, found"):
+        audit({"weight": torch.ones(2, 2)})
