@@ -1,0 +1,126 @@
+"""What a run leaves for a person to read: metrics as CSV, two pictures and a table."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from torch import Tensor
+
+matplotlib.use("Agg")  # pictures go to files; no screen is needed
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+Spectra = Mapping[str, Tensor]
+"""Singular values in descending order, by parameter name."""
+
+MAX_PANELS = 24
+"""How many layers one picture of spectra shows at most."""
+
+
+def write_csv(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write one line an epoch, all anew: a resumed run leaves no gap and no double."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def audit_table(start: Spectra, end: Spectra, estimates: Mapping[str, float]) -> str:
+    """Compare sigma_1 of every weight's matrix before and after training, by exact SVD.
+
+    Args:
+        start: Spectra of the untrained model.
+        end: Spectra of the trained model.
+        estimates: The optimizer's estimates at the end, of the regularized weights.
+
+    Returns:
+        A table in plain text. Weights without an estimate were not regularized.
+    """
+    width = max(map(len, start))
+    header = f"{'parameter':{width}}  {'before':>8}  {'after':>8}  {'estimate':>8}  rel. error"
+    lines = ["sigma_1 of the weight as a matrix, out x rest", "", header, "-" * len(header)]
+    for name in start:
+        before, after = float(start[name][0]), float(end[name][0])
+        line = f"{name:{width}}  {before:8.4f}  {after:8.4f}"
+        if name in estimates:
+            error = (after - estimates[name]) / after if after else 0.0
+            line += f"  {estimates[name]:8.4f}  {error:10.1e}"
+        else:
+            line += f"  {'-':>8}  {'not regularized':>10}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def draw_curves(path: Path, history: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw loss and accuracy over the epochs, with the gap between train and test shaded.
+
+    Args:
+        path: The PNG to write.
+        history: One mapping an epoch, with the columns of the CSV.
+        title: Says which run it is.
+    """
+    epochs = [row["epoch"] + 1 for row in history]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, metric in zip(axes, ("loss", "accuracy"), strict=True):
+        train = [row[f"train_{metric}"] for row in history]
+        test = [row[f"test_{metric}"] for row in history]
+        style = {"marker": "o", "markersize": 3}
+        axis.plot(epochs, train, label="train (average over the epoch)", color="C0", **style)
+        axis.plot(epochs, test, label="test (end of the epoch)", color="C1", **style)
+        axis.fill_between(epochs, train, test, color="grey", alpha=0.15, label="gap")
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylabel(metric + (" (%)" if metric == "accuracy" else ""))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_yscale("log")
+    last = history[-1]
+    gap = last["train_accuracy"] - last["test_accuracy"]
+    axes[1].set_title(f"last epoch: test {last['test_accuracy']:.2f} %, gap {gap:+.2f} points")
+    axes[0].set_title("cross-entropy")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_spectra(path: Path, start: Spectra, end: Spectra, title: str) -> None:
+    """Draw the singular values of each layer at the start and at the end of the run.
+
+    Args:
+        path: The PNG to write.
+        start: Spectra of the untrained model.
+        end: Spectra of the trained model.
+        title: Says which run it is.
+    """
+    names = _evenly_spaced(list(start), MAX_PANELS)
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    size = (3.4 * columns, 2.5 * rows + 0.8)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axis in grid.flat[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(grid.flat, names, strict=False):
+        for spectra, style in ((start, "C7--"), (end, "C3-")):
+            marker = "o" if len(start[name]) == 1 else None
+            ranks = range(1, len(spectra[name]) + 1)
+            axis.plot(ranks, spectra[name].tolist(), style, marker=marker)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axis.grid(alpha=0.3)
+        top = f"$\\sigma_1$: {float(start[name][0]):.2f} \u2192 {float(end[name][0]):.2f}"
+        axis.set_title(f"{name.removesuffix('.weight')}\n{top}", fontsize=8)
+    figure.supxlabel("rank of the singular value")
+    figure.supylabel("singular value of the weight as a matrix")
+    shown = "" if len(names) == len(start) else f" ({len(names)} of {len(start)} layers)"
+    figure.suptitle(f"{title}{shown}: dashed at the start, solid at the end")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _evenly_spaced(names: list[str], most: int) -> list[str]:
+    if len(names) <= most:
+        return names
+    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
