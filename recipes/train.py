@@ -232,8 +232,8 @@ def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, An
     except (RuntimeError, EOFError, KeyError, UnpicklingError, OSError) as error:
         raise RecipeError(
             f"expected a checkpoint of a recipe in {path}, found a truncated or foreign file "
-            f"({error}): restore it, or pass --fresh to start over"
-        ) from None
+            f"({type(error).__name__}): restore it, or pass --fresh to start over"
+        ) from error
     current = dataclasses.asdict(recipe)
     free = {"workers", "download", "data_dir"}  # may change without changing the result
     differing = [

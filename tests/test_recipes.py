@@ -1,0 +1,444 @@
+"""The training recipe: what it accepts, writes and refuses, and that killing it costs nothing."""
+
+import csv
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from _oracles import as_matrix
+from PIL import Image
+
+from recipes import report
+from recipes.data import Digits
+from recipes.recipe import Recipe, RecipeError, parse, read
+from recipes.train import CHECKPOINT, build, main, run
+from snr_hooks import SNROptimizer
+
+ROOT = Path(__file__).parent.parent
+TOY = {"epochs": 2, "subset": 64, "batch_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Run in an empty folder, so that nothing lands in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+def toy(**entries):
+    return Recipe(**{**read("digits"), **TOY, **entries})
+
+
+def weights(output):
+    return torch.load(Path(output) / CHECKPOINT, weights_only=True)["state_dict"]
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def rows(output):
+    with (Path(output) / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+# --- the run ---
+
+
+def test_a_run_writes_metrics_pictures_table_and_checkpoint(capsys):
+    optimizer = run(toy(), Path("out"))
+    assert isinstance(optimizer, SNROptimizer)
+    assert [row["epoch"] for row in rows("out")] == ["0", "1"]
+    columns = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "sigma_max"}
+    assert columns < set(rows("out")[0])
+    for name in ("curves.png", "spectra.png"):
+        with Image.open(Path("out") / name) as picture:
+            assert picture.width > 600
+            assert np.asarray(picture.convert("L")).std() > 5  # something is drawn
+    printed = capsys.readouterr().out
+    table = Path("out/audit.txt").read_text()
+    assert table in printed
+    assert "epoch   2/2" in printed
+
+
+def test_the_table_holds_sigma_before_and_after():
+    recipe = toy()
+    start = build(recipe).model.fc.weight.detach()
+    run(recipe, Path("out"))
+    end = weights("out")["fc.weight"]
+    line = next(
+        line for line in Path("out/audit.txt").read_text().splitlines() if line.startswith("fc.")
+    )
+    before, after = (float(torch.linalg.svdvals(as_matrix(w).double())[0]) for w in (start, end))
+    assert line.split()[1:3] == [f"{before:.4f}", f"{after:.4f}"]
+    assert before != after
+
+
+def test_reported_accuracy_and_loss_are_those_of_the_saved_weights():
+    recipe = toy()
+    run(recipe, Path("out"))
+    training = build(recipe)
+    training.model.load_state_dict(weights("out"))
+    training.model.eval()
+    loss = correct = total = 0
+    with torch.no_grad():
+        for images, labels in training.loaders.test:
+            output = training.model(images)
+            loss += torch.nn.functional.cross_entropy(output, labels, reduction="sum").item()
+            correct += int((output.argmax(1) == labels).sum())
+            total += len(labels)
+    assert total == 360
+    assert float(rows("out")[-1]["test_accuracy"]) == pytest.approx(100 * correct / total, abs=1e-4)
+    assert float(rows("out")[-1]["test_loss"]) == pytest.approx(loss / total, rel=1e-5)
+
+
+def test_the_regularizer_acts_and_lambda_0_switches_it_off():
+    for strength in (0.0, 0.3):
+        run(toy(snr_lambda=strength), Path(f"out{strength}"))
+    plain, regularized = (float(rows(f"out{s}")[-1]["sigma_max"]) for s in (0.0, 0.3))
+    assert regularized < 0.9 * plain
+
+
+def test_the_same_recipe_runs_on_other_models():
+    for model in ("test_vit", "test_convnext", "mobilenetv3_small_050"):
+        run(toy(model=model, epochs=1, transform_kwargs={}), Path(model))
+        assert len(rows(model)) == 1
+
+
+def test_pretrained_weights_are_passed_to_timm():
+    donor = build(toy(seed=5)).model.state_dict()
+    torch.save(donor, "donor.pth")
+    overlay = {"file": "donor.pth", "num_classes": 10}
+    kwargs = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    model = build(toy(model_kwargs=kwargs)).model
+    assert torch.equal(model.fc.weight, donor["fc.weight"])
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_run_interrupted_after_an_epoch_ends_at_the_same_weights(opt, monkeypatch):
+    recipe = toy(epochs=3, opt=opt, lr=0.01, model_kwargs={"drop_rate": 0.2})
+    run(recipe, Path("whole"))
+    write_csv = report.write_csv
+
+    def interrupted(path, history):
+        write_csv(path, history)
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_csv", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, Path("parts"))
+    run(recipe, Path("parts"))
+    assert_same_weights("whole", "parts")
+    assert rows("whole") == rows("parts")
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "recipes.train", "digits", *arguments]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_weights():
+    options = ["--epochs", "3", "--subset", "128", "--output", "killed"]
+    run(Recipe(**{**read("digits"), "epochs": 3, "subset": 128}), Path("whole"))
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(*options),
+            env=environment(),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        before = Path("killed", CHECKPOINT).stat().st_mtime_ns if Path("killed").exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            path = Path("killed", CHECKPOINT)
+            if path.exists() and path.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=60) in (0, -signal.SIGKILL)
+    last = subprocess.run(command(*options), env=environment(), timeout=300, capture_output=True)
+    assert last.returncode == 0, last.stderr.decode()
+    assert_same_weights("whole", "killed")
+    assert rows("whole") == rows("killed")
+
+
+def test_a_finished_run_is_not_trained_again_unless_asked(capsys):
+    run(toy(), Path("out"))
+    before = Path("out", CHECKPOINT).stat().st_mtime_ns
+    capsys.readouterr()
+    run(toy(), Path("out"))
+    assert "continuing out after epoch 2 of 2" in capsys.readouterr().out
+    assert Path("out", CHECKPOINT).stat().st_mtime_ns == before
+    run(toy(), Path("out"), fresh=True)
+    assert Path("out", CHECKPOINT).stat().st_mtime_ns != before
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_intact(monkeypatch):
+    run(toy(epochs=1), Path("out"))
+    before = Path("out", CHECKPOINT).read_bytes()
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run(toy(epochs=1), Path("out"), fresh=True)
+    assert Path("out", CHECKPOINT).read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint():
+    with pytest.raises(RecipeError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d\).*lower"):
+        run(toy(lr=1e30, sched="none", sched_kwargs={}), Path("out"))
+
+
+# --- data ---
+
+
+def image_folder(root, classes=("a", "b"), splits=("train", "test"), n=8):
+    for split in splits:
+        for i, name in enumerate(classes):
+            folder = Path(root, split, name)
+            folder.mkdir(parents=True)
+            for j in range(n):
+                pixels = np.full((12, 10, 3), 100 * i + j, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{j}.png")
+
+
+def test_digits_are_split_without_overlap_into_equal_classes():
+    train, test = Digits("train"), Digits("test")
+    assert (len(train), len(test)) == (1437, 360)
+    assert len(train.classes) == 10
+    counts = np.bincount(test.labels)
+    assert counts.min() >= 35
+    assert train[0][0].mode == "RGB"
+
+
+def test_a_folder_of_images():
+    image_folder("images")
+    recipe = toy(data="folder:images", subset=None, batch_size=4, epochs=1)
+    loaders = build(recipe).loaders
+    assert len(loaders.train.dataset) == len(loaders.test.dataset) == 16
+    run(recipe, Path("out"))
+    assert len(rows("out")) == 1
+
+
+def write_cifar10(root, n=20):
+    """Write random images in the on-disk format of CIFAR-10's python version."""
+    folder = Path(root, "cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        batch = {
+            "data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+            "labels": [i % 10 for i in range(n)],
+        }
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = {"label_names": [f"class {i}" for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+
+
+def test_cifar10_from_files_in_the_real_format(monkeypatch):
+    write_cifar10("data")
+    # The files are not those whose checksums torchvision knows.
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    training = build(toy(data="cifar10", subset=None))
+    assert len(training.loaders.train.dataset) == 100
+    assert training.model.fc.out_features == 10
+
+
+def test_download_is_passed_to_torchvision(monkeypatch):
+    calls = []
+
+    def download(self):
+        calls.append(self.root)
+        raise RuntimeError("no network in tests")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
+    with pytest.raises(RecipeError, match="no network in tests"):
+        build(toy(data="cifar10", download=True, data_dir="there"))
+    assert calls == ["there"]
+
+
+def test_the_subset_is_drawn_by_the_seed():
+    chosen = [build(toy(seed=seed)).loaders.train.dataset.indices for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) == 64
+
+
+# --- the command line ---
+
+
+def test_every_entry_can_be_overridden_on_the_command_line():
+    line = (
+        "digits --model vit_tiny_patch16_224 --img-size 48 --data folder:x --download "
+        "--subset 100 --opt adamw --lr 1e-3 --snr-lambda 0 --sched-kwargs warmup_epochs=3 "
+        "--transform-kwargs hflip=0.5 --snr-kwargs include=head.* n_power_iterations=2 "
+        "--no-download --output there --fresh"
+    )
+    recipe, options = parse(shlex.split(line))
+    assert (recipe.model, recipe.img_size, recipe.data) == ("vit_tiny_patch16_224", 48, "folder:x")
+    assert (recipe.subset, recipe.opt, recipe.lr, recipe.snr_lambda) == (100, "adamw", 0.001, 0)
+    assert recipe.download is False
+    assert recipe.sched_kwargs == {"warmup_epochs": 3}
+    assert recipe.transform_kwargs["hflip"] == 0.5
+    assert recipe.transform_kwargs["ratio"] == [0.9, 1.1]  # merged with the file's
+    assert recipe.snr_kwargs == {"include": "head.*", "n_power_iterations": 2}
+    assert (str(options.output), options.fresh) == ("there", True)
+
+
+def test_the_output_is_named_after_the_recipe():
+    Path("mine.yaml").write_text(yaml.safe_dump({"lr": "1e-3"}))
+    recipe, options = parse(["mine.yaml"])
+    assert recipe.lr == 0.001  # YAML reads 1e-3 as a string
+    assert str(options.output) == "runs/mine"
+
+
+def test_a_run_from_a_recipe_file_that_the_run_itself_wrote():
+    run(toy(), Path("out"))
+    assert Recipe(**read("out/recipe.yaml")) == toy()
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model": "vit_tiny_patch16_225"}, "unknown model 'vit_tiny_patch16_225'; nearest: vit_t"),
+        ({"opt": "adamv"}, "unknown optimizer 'adamv'; nearest: adam"),
+        ({"epochs": 0}, "expected epochs to be at least 1, found 0"),
+        ({"batch_size": -1, "subset": None}, "expected batch_size to be at least 1, found -1"),
+        ({"subset": 10}, "expected subset to hold at least one batch of 32, found 10"),
+        ({"data": "cifar11"}, "unknown data set 'cifar11'; nearest: cifar10"),
+        ({"data": "folders:x"}, "unknown kind of data 'folders'; nearest: folder"),
+        ({"data": "folder:x"}, r"expected 'x' to hold train/ and test/ .* found no x/train"),
+        ({"data": "cifar10"}, "expected cifar10 in the folder 'data'.*--download"),
+        ({"snr_lambda": -1.0}, "refused snr_lambda or snr_kwargs: expected lambda_ to be finite"),
+        ({"snr_kwargs": {"inclde": "fc"}}, "refused snr_lambda or snr_kwargs.*inclde"),
+        ({"snr_kwargs": {"include": "fv.*"}}, "'fv.*' matches no parameter.*nearest"),
+        ({"opt_kwargs": {"nonsense": 1}}, "refused opt, lr, momentum, weight_decay or opt_kwargs"),
+        ({"sched": "cosin"}, "refused sched or sched_kwargs: Unknown scheduler 'cosin'"),
+        ({"sched_kwargs": {"nonsense": 1}}, "refused sched or sched_kwargs.*nonsense"),
+        ({"model_kwargs": {"nonsense": 1}}, "refused model, img_size or model_kwargs"),
+        ({"transform_kwargs": {"nonsense": 1}}, "unknown entry in transform_kwargs.*nonsense"),
+    ],
+)
+def test_bad_entries(entries, message):
+    with pytest.raises(RecipeError, match=message):
+        build(toy(**entries))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: x", "unknown key in .* 'modle'; nearest: model"),
+        ("lr: fast", "expected lr in .* to be float, found 'fast'"),
+        ("epochs: 1.5", "expected epochs in .* to be int, found 1.5"),
+        ("download: perhaps", "expected download in .* to be bool, found 'perhaps'"),
+        ("opt_kwargs: 3", "expected opt_kwargs in .* to be dict, found 3"),
+        ("- a\n- b", "to map keys to values"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_bad_recipe_files(text, message):
+    Path("bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        read("bad.yaml")
+
+
+def test_unknown_recipes_name_the_nearest():
+    with pytest.raises(RecipeError, match="unknown recipe 'digit'; nearest: digits"):
+        read("digit")
+    with pytest.raises(RecipeError, match=r"found none at nowhere\.yaml"):
+        read("nowhere.yaml")
+
+
+def test_folders_whose_classes_differ():
+    image_folder("images", splits=["train"])
+    image_folder("images", classes=("a", "c"), splits=["test"])
+    with pytest.raises(RecipeError, match=r"found \['b', 'c'\] in only one"):
+        build(toy(data="folder:images"))
+
+
+def test_folders_without_classes():
+    for split in ("train", "test"):
+        Path("images", split).mkdir(parents=True)
+    with pytest.raises(RecipeError, match="expected a folder of images for each class"):
+        build(toy(data="folder:images"))
+
+
+def test_too_few_images():
+    image_folder("images", n=2)
+    with pytest.raises(RecipeError, match="at least one batch of 32 training images, found 4"):
+        build(toy(data="folder:images", subset=None))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "text"])
+def test_a_broken_checkpoint_is_refused_and_kept(damage):
+    run(toy(), Path("out"))
+    path = Path("out", CHECKPOINT)
+    content = path.read_bytes()
+    if damage == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(
+            {"truncated": content[: len(content) // 2], "empty": b""}.get(damage, b"x")
+        )
+    broken = path.read_bytes()
+    with pytest.raises(RecipeError, match=r"truncated or foreign file.*--fresh"):
+        run(toy(), Path("out"))
+    assert path.read_bytes() == broken
+
+
+def test_a_checkpoint_of_another_recipe_is_refused():
+    run(toy(), Path("out"))
+    with pytest.raises(RecipeError, match=r"another recipe \(lr is 0\.1 there and 0\.2 here\)"):
+        run(toy(lr=0.2), Path("out"))
+    run(toy(workers=1, data_dir="elsewhere"), Path("out"))  # these do not change the result
+
+
+def test_main_reports_errors_without_a_traceback():
+    with pytest.raises(SystemExit, match="error: unknown recipe 'digit'"):
+        main(["digit"])
+
+
+# --- the pictures ---
+
+
+def test_many_layers_are_thinned_out_evenly(monkeypatch):
+    drawn = []
+
+    def two_of(names, most):
+        drawn.append(most)
+        return names[:2]
+
+    values = {f"layer{i}.weight": torch.ones(3) for i in range(50)}
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "_evenly_spaced", two_of)
+        report.draw_spectra(Path("spectra.png"), values, values, "title")
+    assert drawn == [report.MAX_PANELS]
+    names = list(values)
+    chosen = report._evenly_spaced(names, 24)
+    assert len(chosen) == len(set(chosen)) == 24
+    assert (chosen[0], chosen[-1]) == (names[0], names[-1])
