@@ -17,8 +17,7 @@ from snr_hooks.term import STRENGTH, SpectralTerm, checked_strength
 STATE_KEY = "snr_hooks"
 """Entry of the state dict that holds the singular vectors, by parameter name."""
 
-# With these, GradScaler takes an optimizer for one that unscales by itself: forwarded from
-# a fused base they would leave gradients scaled.
+# A fused optimizer with these unscales by itself; forwarded from one they would mislead.
 _READ_BY_GRAD_SCALER = {"grad_scale", "found_inf"}
 
 _HOOK_DICTIONARIES = (
@@ -161,6 +160,21 @@ class SNROptimizer(Optimizer):
         if name.startswith("_") or name in _READ_BY_GRAD_SCALER or name == "optimizer":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``step`` unscales by itself: no, even if the wrapped optimizer does.
+
+        GradScaler asks this at the start of its own ``step``, and is the only one to ask. That
+        makes it the place to notice a scaler that would divide lambda by its scale.
+        """
+        if self._term.scaler is None and not self._removed:
+            raise RuntimeError(
+                "expected the GradScaler that steps this optimizer to be known, found "
+                "scaler=None: the term would be divided by the loss scale; nothing was "
+                "changed: pass the scaler as SNROptimizer(..., scaler=scaler)"
+            )
+        return False
 
     # --- training ---
 

@@ -87,6 +87,28 @@ def test_scaler_is_no_grad_scaler():
         SNROptimizer(sgd(model), model, scaler=1024.0)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_that_the_wrapper_was_not_told_of_stops_the_first_step(fused):
+    model = build("mlp", torch.float32)
+    before = copy.deepcopy(model.state_dict())
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), model)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(model.example).sum()).backward()
+    with pytest.raises(RuntimeError, match=r"found scaler=None.*pass the scaler as"):
+        scaler.step(opt)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, before[name])
+
+
+def test_a_disabled_grad_scaler_or_a_removed_wrapper_needs_no_scaler():
+    model, opt = trained()
+    torch.amp.GradScaler("cpu", enabled=False).step(opt)
+    opt.remove()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(model.example).sum()).backward()
+    scaler.step(opt)
+
+
 def test_nothing_to_regularize_names_the_reasons():
     model = nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2))
     with pytest.raises(ValueError, match=r"found none.*0\.weight: Embedding\.weight is not the"):
