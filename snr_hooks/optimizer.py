@@ -2,20 +2,26 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from snr_hooks.checks import (
+    STATE_KEY,
+    STRENGTH,
+    check_values,
+    checked_int,
+    checked_strength,
+    nothing_to_regularize,
+    saved_vectors,
+)
 from snr_hooks.discovery import Discovery, Selection, Skipped, Target, discover, linear_maps
 from snr_hooks.estimators import Estimator, ExactSVD, PowerIteration
 from snr_hooks.hooks import GradientHooks
-from snr_hooks.term import STRENGTH, SpectralTerm, checked_strength
-
-STATE_KEY = "snr_hooks"
-"""Entry of the state dict that holds the singular vectors, by parameter name."""
+from snr_hooks.term import SpectralTerm
 
 # A fused optimizer with these unscales by itself; forwarded from one they would mislead.
 _READ_BY_GRAD_SCALER = {"grad_scale", "found_inf"}
@@ -90,8 +96,8 @@ class SNROptimizer(Optimizer):
         # detach from those of the wrapped optimizer at the first load_state_dict().
         _check_optimizer(optimizer)
         strength = checked_strength(lambda_, "lambda_")
-        n_iterations = _checked_int(n_power_iterations, "n_power_iterations", at_least=1)
-        seed = _checked_int(seed, "seed", at_least=0)
+        n_iterations = checked_int(n_power_iterations, "n_power_iterations", at_least=1)
+        seed = checked_int(seed, "seed", at_least=0)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"expected scaler to be a torch.amp.GradScaler, found {scaler!r}")
         estimator: Estimator = ExactSVD() if exact else PowerIteration(n_iterations, seed)
@@ -106,7 +112,7 @@ class SNROptimizer(Optimizer):
         self._set_up()
         self._adopt_targets()
         if not self.targets:
-            raise ValueError(_nothing_to_regularize(self.skipped))
+            raise ValueError(nothing_to_regularize(self.skipped))
         self._complete_groups()
 
     def _set_up(self) -> None:
@@ -268,7 +274,7 @@ class SNROptimizer(Optimizer):
         known = {target.name for target in self.targets}
         new = [target for target in found.targets if target.name not in known]
         for target in new:
-            _check_values(target)
+            check_values(target)
         self._hooks.attach(new)
         self.targets += tuple(new)
         names = known | {target.name for target in new}
@@ -326,7 +332,7 @@ class SNROptimizer(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        vectors = _saved_vectors(state_dict)
+        vectors = saved_vectors(state_dict)
         strengths = [group.get(STRENGTH) for group in self.param_groups]
         estimator = self._term.estimator.restored(vectors, self.targets)
         self.optimizer.load_state_dict(
@@ -399,55 +405,6 @@ def _check_optimizer(optimizer: object) -> None:
         )
     for index, group in enumerate(optimizer.param_groups):
         checked_strength(group.get(STRENGTH, 0.0), f"{STRENGTH} of group {index}")
-
-
-def _checked_int(value: object, what: str, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected {what} to be an integer, found {value!r}")
-    if value < at_least:
-        raise ValueError(f"expected {what} to be at least {at_least}, found {value}")
-    return value
-
-
-def _check_values(target: Target) -> None:
-    weight = target.parameter
-    if weight.is_meta:
-        raise ValueError(
-            f"expected weights with values, found {target.name!r} on the meta device: "
-            "materialize the model and build the optimizer before wrapping"
-        )
-    finite = weight.detach().isfinite()
-    if not finite.all():
-        bad = weight.numel() - int(finite.sum())
-        raise ValueError(
-            f"expected finite weights, found {bad} of {weight.numel()} entries of "
-            f"{target.name!r} NaN or infinite: initialize the model, or load a sound checkpoint"
-        )
-
-
-def _saved_vectors(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return the vectors of a state dict, none for that of a plain optimizer."""
-    for index, group in enumerate(state_dict["param_groups"]):
-        checked_strength(group.get(STRENGTH, 0.0), f"{STRENGTH} of group {index} in the state dict")
-    entry = state_dict.get(STATE_KEY, {"vectors": {}})
-    vectors = entry.get("vectors") if isinstance(entry, Mapping) else None
-    if not isinstance(vectors, Mapping):
-        raise ValueError(
-            f"expected {STATE_KEY!r} in the state dict to hold 'vectors' by parameter name, "
-            f"found {type(entry).__name__}: load a state dict of an SNROptimizer or of a "
-            "plain optimizer"
-        )
-    return vectors
-
-
-def _nothing_to_regularize(skipped: Iterable[Skipped]) -> str:
-    reasons = [f"{skip.name}: {skip.reason}" for skip in skipped]
-    shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
-    return (
-        "expected at least one weight to regularize, found none: the model needs a trainable "
-        "Linear or convolution weight that include and exclude admit and the optimizer "
-        f"holds. Skipped: {shown or 'nothing, the model has no such parameter'}"
-    )
 
 
 def _reusable(selection: Selection) -> Selection:

@@ -1,16 +1,11 @@
 """The regularization term lambda * sigma * u v^T, at the scale the gradient has."""
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from snr_hooks.checks import STRENGTH, checked_strength
 from snr_hooks.discovery import Target
 from snr_hooks.estimators import Estimator
-
-STRENGTH = "snr_lambda"
-"""Key of lambda in a param group."""
 
 
 class SpectralTerm:
@@ -74,12 +69,3 @@ class SpectralTerm:
             return 1.0
         # The public way to read the scale without a host synchronization.
         return self.scaler.scale(torch.ones((), device=device))
-
-
-def checked_strength(value: Any, what: str) -> float:
-    """Return lambda as a float, or say what is wrong with it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected {what} to be a number >= 0, found {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"expected {what} to be finite and >= 0, found {value!r}")
-    return float(value)

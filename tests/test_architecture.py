@@ -18,8 +18,9 @@ ALLOWED = {
     "discovery": {"_text", "views"},
     "estimators": {"discovery", "power_iteration"},
     "hooks": {"discovery"},
-    "term": {"discovery", "estimators"},
-    "optimizer": {"discovery", "estimators", "hooks", "term"},
+    "checks": {"discovery"},
+    "term": {"checks", "discovery", "estimators"},
+    "optimizer": {"checks", "discovery", "estimators", "hooks", "term"},
     "diagnostics": {"_text", "discovery"},
     "__init__": {"diagnostics", "discovery", "optimizer"},
 }

@@ -1,0 +1,76 @@
+"""What the wrapper accepts. Every error says what was expected, what was found, what to do."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from snr_hooks.discovery import Skipped, Target
+
+STRENGTH = "snr_lambda"
+"""Key of lambda in a param group."""
+
+STATE_KEY = "snr_hooks"
+"""Entry of the state dict that holds the singular vectors, by parameter name."""
+
+
+def checked_strength(value: Any, what: str) -> float:
+    """Return lambda as a float, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected {what} to be a number >= 0, found {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"expected {what} to be finite and >= 0, found {value!r}")
+    return float(value)
+
+
+def checked_int(value: object, what: str, *, at_least: int) -> int:
+    """Return an integer, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected {what} to be an integer, found {value!r}")
+    if value < at_least:
+        raise ValueError(f"expected {what} to be at least {at_least}, found {value}")
+    return value
+
+
+def check_values(target: Target) -> None:
+    """Refuse a weight without values, or with values that are not finite."""
+    weight = target.parameter
+    if weight.is_meta:
+        raise ValueError(
+            f"expected weights with values, found {target.name!r} on the meta device: "
+            "materialize the model and build the optimizer before wrapping"
+        )
+    finite = weight.detach().isfinite()
+    if not finite.all():
+        bad = weight.numel() - int(finite.sum())
+        raise ValueError(
+            f"expected finite weights, found {bad} of {weight.numel()} entries of "
+            f"{target.name!r} NaN or infinite: initialize the model, or load a sound checkpoint"
+        )
+
+
+def saved_vectors(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return the vectors of a state dict, none for that of a plain optimizer."""
+    for index, group in enumerate(state_dict["param_groups"]):
+        checked_strength(group.get(STRENGTH, 0.0), f"{STRENGTH} of group {index} in the state dict")
+    entry = state_dict.get(STATE_KEY, {"vectors": {}})
+    vectors = entry.get("vectors") if isinstance(entry, Mapping) else None
+    if not isinstance(vectors, Mapping):
+        raise ValueError(
+            f"expected {STATE_KEY!r} in the state dict to hold 'vectors' by parameter name, "
+            f"found {type(entry).__name__}: load a state dict of an SNROptimizer or of a "
+            "plain optimizer"
+        )
+    return vectors
+
+
+def nothing_to_regularize(skipped: Iterable[Skipped]) -> str:
+    """Return the message for a wrapper without a target."""
+    reasons = [f"{skip.name}: {skip.reason}" for skip in skipped]
+    shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
+    return (
+        "expected at least one weight to regularize, found none: the model needs a trainable "
+        "Linear or convolution weight that include and exclude admit and the optimizer "
+        f"holds. Skipped: {shown or 'nothing, the model has no such parameter'}"
+    )
