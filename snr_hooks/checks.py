@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -17,11 +18,12 @@ STATE_KEY = "snr_hooks"
 
 def checked_strength(value: Any, what: str) -> float:
     """Return lambda as a float, or say what is wrong with it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"expected {what} to be a number >= 0, found {value!r}")
-    if not 0 <= value < math.inf:
+    strength = float(value)
+    if not 0 <= strength < math.inf:
         raise ValueError(f"expected {what} to be finite and >= 0, found {value!r}")
-    return float(value)
+    return strength
 
 
 def checked_int(value: object, what: str, *, at_least: int) -> int:

@@ -63,6 +63,10 @@ class GradientHooks:
                 )
         self._weights += [_HookedWeight(target, self._add_term) for target in targets]
 
+    def lost(self) -> list[str]:
+        """Return the names of weights whose hooks were moved away, as swap_tensors does."""
+        return [weight.name for weight in self._weights if not weight.is_hooked()]
+
     def rearm(self) -> None:
         """Make every weight pending: a step was taken, or all gradients were reset."""
         for weight in self._weights:
@@ -84,9 +88,11 @@ class _HookedWeight:
         self._add_term = add_term
         self._last_grad: weakref.ref[Tensor] | None = None
         self._last_version = 0
+        self.name = target.name
         key = id(target.parameter)
         _hooked[key] = self
-        self.remove = weakref.finalize(self, _unhook, key, self._register())
+        self._handles = self._register()
+        self.remove = weakref.finalize(self, _unhook, key, self._handles)
         self.remove.atexit = False
 
     def _register(self) -> list[RemovableHandle]:
@@ -106,6 +112,11 @@ class _HookedWeight:
             parameter.register_post_accumulate_grad_hook(after),  # type: ignore[no-untyped-call]
         ]
 
+    def is_hooked(self) -> bool:
+        """Return whether the parameter still carries the hook that adds the term."""
+        hooks = self._target.parameter._post_accumulate_grad_hooks
+        return hooks is not None and self._handles[-1].id in hooks
+
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
         grad = self._target.parameter.grad
@@ -116,7 +127,12 @@ class _HookedWeight:
     def after_accumulation(self) -> None:
         """Add the term if it is due."""
         grad = self._target.parameter.grad
-        assert grad is not None  # autograd has just accumulated into it
+        if grad is None:
+            raise RuntimeError(
+                f"expected a gradient of {self.name!r} just accumulated, found None: another "
+                "post-accumulate hook took it away (an optimizer in backward, say) before the "
+                "term was added; register that hook after wrapping"
+            )
         if self.pending:
             self._add(grad)
         self._last_grad, self._last_version = weakref.ref(grad), grad._version
@@ -124,7 +140,7 @@ class _HookedWeight:
     def _add(self, grad: Tensor) -> None:
         if grad.layout is not torch.strided:
             warnings.warn(
-                f"the gradient of {self._target.name!r} is sparse ({grad.layout}); it is "
+                f"the gradient of {self.name!r} is sparse ({grad.layout}); it is "
                 "not regularized: exclude it, or make its gradient dense",
                 stacklevel=2,
             )

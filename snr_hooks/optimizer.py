@@ -2,11 +2,11 @@
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snr_hooks.checks import (
@@ -52,13 +52,15 @@ class SNROptimizer(Optimizer):
     Args:
         optimizer: Any optimizer over parameters of ``model``.
         model: The model whose weights are regularized, as ``discover`` finds them.
-        lambda_: Lambda of the groups that do not name one.
+        lambda_: Lambda of the groups that do not name one. A group's own ``snr_lambda``
+            wins, also one that a loaded state dict has brought.
         include: Shell patterns on parameter names, or a predicate; see ``discover``.
         exclude: Likewise; it wins over ``include``.
         n_power_iterations: Power iterations per weight and step.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
-            term is scaled with the loss, so that unscaling restores lambda.
+            term is scaled with the loss, so that unscaling restores lambda. A deep copy of
+            the wrapper has a copy of the scaler: copy both in one call.
         seed: Seed of the starting vectors. The global random stream is not touched.
 
     Attributes:
@@ -108,7 +110,8 @@ class SNROptimizer(Optimizer):
         self._selection = _reusable(include), _reusable(exclude)
         self._term = SpectralTerm(optimizer, estimator, strength, scaler)
         self._removed = False
-        self._groups_given_lambda: list[int] = []
+        # Their first parameters: groups are replaced, reordered and removed.
+        self._groups_given_lambda: list[Tensor] = []
         self._set_up()
         self._adopt_targets()
         if not self.targets:
@@ -128,7 +131,8 @@ class SNROptimizer(Optimizer):
             self, _withdraw_lambda, self.optimizer, self._groups_given_lambda
         )
         self._withdraw_lambda.atexit = False
-        self._owners: list[tuple[nn.Module, str]] = []
+        # (the dict that holds it, key, what it must hold, for which target)
+        self._places: list[tuple[Mapping[str, Any], str, Any, str]] = []
         self._frozen: list[nn.Parameter] = []
 
     # --- the wrapped optimizer, live ---
@@ -209,19 +213,17 @@ class SNROptimizer(Optimizer):
 
     def _prepare_next_step(self) -> None:
         self._hooks.rearm()
+        self._term.index_groups()
         if any(weight.requires_grad for weight in self._frozen):
             self._adopt_targets()
 
     def _check_parameters(self) -> None:
         """Refuse to go on with a parameter that the model does not use any more."""
-        for target, (module, attribute) in zip(self.targets, self._owners, strict=True):
-            if module._parameters.get(attribute) is not target.parameter:
-                raise RuntimeError(
-                    f"expected {target.name!r} to be the parameter that was wrapped, found "
-                    "another in its place (load_state_dict(assign=True), a parametrization, "
-                    "sharding, or materialization from meta does that); nothing was "
-                    "changed: call remove(), then build the optimizer and the wrapper anew"
-                )
+        for held_in, key, expected, name in self._places:
+            if held_in.get(key) is not expected:
+                raise _replaced(name)
+        for name in self._hooks.lost():
+            raise _replaced(name)
 
     # --- what is regularized ---
 
@@ -232,6 +234,7 @@ class SNROptimizer(Optimizer):
             param_group: As for ``torch.optim.Optimizer``; may hold ``snr_lambda``.
         """
         checked_strength(param_group.get(STRENGTH, 0.0), STRENGTH)
+        self._check_parameters()
         self.optimizer.add_param_group(param_group)
         self._term.index_groups()
         if not self._removed:
@@ -259,14 +262,14 @@ class SNROptimizer(Optimizer):
         self._hooks.remove()
         self._withdraw_lambda()
         self._removed = True
-        self.targets, self._owners, self._frozen = (), [], []
+        self.targets, self._places, self._frozen = (), [], []
 
     def _complete_groups(self) -> None:
         """Write the default lambda into groups without one, where users can see it."""
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             if STRENGTH not in group:
                 group[STRENGTH] = self._term.default
-                self._groups_given_lambda.append(index)
+                self._groups_given_lambda += group["params"][:1]
 
     def _adopt_targets(self) -> None:
         """Hook the weights that can be regularized by now and were not before."""
@@ -293,10 +296,19 @@ class SNROptimizer(Optimizer):
         return Discovery(tuple(held), found.skipped + tuple(missing))
 
     def _locate_targets(self) -> None:
-        """Remember where the model holds the targets, and which weights may join them."""
-        modules = dict(self._model.named_modules(remove_duplicate=False))
-        places = [target.name.rpartition(".") for target in self.targets]
-        self._owners = [(modules[path], attribute) for path, _, attribute in places]
+        """Remember how the model leads to the targets, and which weights may join them."""
+        places: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any, str]] = {}
+        for name, parameter, _ in self.targets:
+            module = self._model
+            *path, attribute = name.split(".")
+            for part in path:
+                child = module._modules.get(part)
+                if child is None:
+                    raise _replaced(name)
+                places[id(module), part] = (module._modules, part, child, name)
+                module = child
+            places[id(module), attribute] = (module._parameters, attribute, parameter, name)
+        self._places = list(places.values())
         self._frozen = [
             found.parameter
             for found in linear_maps(self._model)
@@ -321,7 +333,8 @@ class SNROptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this wrapper, or of a plain optimizer of the wrapped kind.
 
-        From a plain state, groups keep their lambda and power iteration starts afresh.
+        Like the learning rate, lambda is restored from the state. From a plain state,
+        groups keep their lambda and power iteration starts afresh.
 
         Args:
             state_dict: From ``state_dict()``. It is not changed.
@@ -386,10 +399,21 @@ class SNROptimizer(Optimizer):
         )
 
 
-def _withdraw_lambda(optimizer: Optimizer, groups: list[int]) -> None:
-    for index in groups:
-        optimizer.param_groups[index].pop(STRENGTH, None)
-    groups.clear()
+def _withdraw_lambda(optimizer: Optimizer, first_parameters: list[Tensor]) -> None:
+    given = {id(parameter) for parameter in first_parameters}
+    for group in optimizer.param_groups:
+        if given & {id(parameter) for parameter in group["params"]}:
+            group.pop(STRENGTH, None)
+    first_parameters.clear()
+
+
+def _replaced(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"expected {name!r} to be the parameter that was wrapped, with its hooks, found "
+        "another in its place (a replaced layer, load_state_dict(assign=True), a "
+        "parametrization, sharding, materialization from meta and swap_tensors do that); "
+        "nothing was changed: call remove(), then build the optimizer and the wrapper anew"
+    )
 
 
 def _check_optimizer(optimizer: object) -> None:

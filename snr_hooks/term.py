@@ -46,13 +46,15 @@ class SpectralTerm:
         return id(parameter) in self._group_of
 
     def strength(self, parameter: Tensor) -> float:
-        """Return the current lambda of a parameter that the optimizer holds.
+        """Return the current lambda of a parameter, 0 if no group holds it any more.
 
         Raises:
             TypeError: Its param group's lambda is not a number.
             ValueError: It is negative or not finite.
         """
-        index = self._group_of[id(parameter)]
+        index = self._group_of.get(id(parameter))
+        if index is None:
+            return 0.0
         group = self._optimizer.param_groups[index]
         return checked_strength(group.get(STRENGTH, self.default), f"{STRENGTH} of group {index}")
 
