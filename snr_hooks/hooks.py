@@ -91,8 +91,8 @@ class _HookedWeight:
         self.name = target.name
         key = id(target.parameter)
         _hooked[key] = self
-        self._handles = self._register()
-        self.remove = weakref.finalize(self, _unhook, key, self._handles)
+        self._tensor = target.parameter._cdata
+        self.remove = weakref.finalize(self, _unhook, key, self._register())
         self.remove.atexit = False
 
     def _register(self) -> list[RemovableHandle]:
@@ -113,9 +113,12 @@ class _HookedWeight:
         ]
 
     def is_hooked(self) -> bool:
-        """Return whether the parameter still carries the hook that adds the term."""
-        hooks = self._target.parameter._post_accumulate_grad_hooks
-        return hooks is not None and self._handles[-1].id in hooks
+        """Return whether the parameter is the tensor that was hooked.
+
+        torch.utils.swap_tensors exchanges the tensors, with their hooks, below the Python
+        objects, which keep their identity and even their dictionaries of hooks.
+        """
+        return bool(self._target.parameter._cdata == self._tensor)
 
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""

@@ -237,7 +237,7 @@ def test_add_param_group_regularizes_what_it_brings():
 
 
 @pytest.mark.parametrize("through_model", [False, True])
-def test_a_weight_unfrozen_later_is_regularized_from_its_first_gradient(through_model):
+def test_a_weight_unfrozen_later_is_regularized_from_the_next_zero_grad_on(through_model):
     model, reference = build("with_frozen"), build("mlp")
     opt = wrap(model, exact=True)
     assert [t.name for t in opt.targets] == ["body.2.weight"]

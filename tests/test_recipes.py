@@ -153,7 +153,9 @@ def command(*arguments):
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    # As many threads as this process: sums are split, and rounded, by thread.
+    threads = str(torch.get_num_threads())
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_weights():
