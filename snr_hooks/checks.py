@@ -67,8 +67,21 @@ def saved_vectors(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return vectors
 
 
-def nothing_to_regularize(skipped: Iterable[Skipped]) -> str:
-    """Return the message for a wrapper without a target."""
+def nothing_to_regularize(skipped: Iterable[Skipped], *, overlap: bool) -> str:
+    """Return the message for a wrapper without a target.
+
+    Args:
+        skipped: What the model has instead.
+        overlap: Whether the optimizer holds any parameter of the model.
+
+    Returns:
+        The text of the error.
+    """
+    if not overlap:
+        return (
+            "expected an optimizer over parameters of the model, found one that holds none of "
+            "them: build the optimizer from this model's parameters()"
+        )
     reasons = [f"{skip.name}: {skip.reason}" for skip in skipped]
     shown = "; ".join(reasons[:5]) + ("; ..." if len(reasons) > 5 else "")
     return (

@@ -223,10 +223,9 @@ def _matcher(
         )
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            message = (
-                f"the {which} pattern {pattern!r} matches no parameter of the model; "
-                f"{nearest(pattern, names)}"
-            )
+            within = any(name.startswith(f"{pattern}.") for name in names)
+            hint = f"of that module: '{pattern}.*'" if within else nearest(pattern, names)
+            message = f"the {which} pattern {pattern!r} matches no parameter of the model; {hint}"
             if which == "include":
                 raise ValueError(message)
             warnings.warn(message, stacklevel=3)

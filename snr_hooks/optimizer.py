@@ -101,7 +101,10 @@ class SNROptimizer(Optimizer):
         n_iterations = checked_int(n_power_iterations, "n_power_iterations", at_least=1)
         seed = checked_int(seed, "seed", at_least=0)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"expected scaler to be a torch.amp.GradScaler, found {scaler!r}")
+            raise TypeError(
+                f"expected scaler to be a torch.amp.GradScaler, found {type(scaler).__name__}: "
+                "if it wraps one, as timm's NativeScaler does, pass the inner one"
+            )
         estimator: Estimator = ExactSVD() if exact else PowerIteration(n_iterations, seed)
         self.optimizer = optimizer
         self.targets: tuple[Target, ...] = ()
@@ -115,7 +118,8 @@ class SNROptimizer(Optimizer):
         self._set_up()
         self._adopt_targets()
         if not self.targets:
-            raise ValueError(nothing_to_regularize(self.skipped))
+            overlap = any(self._term.holds(parameter) for parameter in model.parameters())
+            raise ValueError(nothing_to_regularize(self.skipped, overlap=overlap))
         self._complete_groups()
 
     def _set_up(self) -> None:
@@ -213,8 +217,9 @@ class SNROptimizer(Optimizer):
 
     def _prepare_next_step(self) -> None:
         self._hooks.rearm()
-        self._term.index_groups()
-        if any(weight.requires_grad for weight in self._frozen):
+        regrouped = self._term.index_groups()
+        unfrozen = any(weight.requires_grad for weight in self._frozen)
+        if (regrouped or unfrozen) and not self._removed:
             self._adopt_targets()
 
     def _check_parameters(self) -> None:

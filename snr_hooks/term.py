@@ -33,13 +33,15 @@ class SpectralTerm:
         self._group_of: dict[int, int] = {}
         self.index_groups()
 
-    def index_groups(self) -> None:
-        """Look up again which param group holds which parameter."""
+    def index_groups(self) -> bool:
+        """Look up which param group holds which parameter; return whether others are held."""
+        before = self._group_of.keys()
         self._group_of = {
             id(parameter): i
             for i, group in enumerate(self._optimizer.param_groups)
             for parameter in group["params"]
         }
+        return self._group_of.keys() != before
 
     def holds(self, parameter: Tensor) -> bool:
         """Return whether the optimizer updates the parameter."""
@@ -69,5 +71,11 @@ class SpectralTerm:
     def _scale(self, device: torch.device) -> Tensor | float:
         if self.scaler is None:
             return 1.0
+        if self.scaler.is_enabled() and self.scaler._scale is None:
+            raise RuntimeError(
+                "expected the loss to be scaled by the scaler that was passed, found a scaler "
+                "that never scaled one: the term would be far too large; call "
+                "scaler.scale(loss).backward(), or wrap without scaler="
+            )
         # The public way to read the scale without a host synchronization.
         return self.scaler.scale(torch.ones((), device=device))

@@ -109,12 +109,22 @@ def test_a_disabled_grad_scaler_or_a_removed_wrapper_needs_no_scaler():
     scaler.step(opt)
 
 
+def test_a_scaler_that_does_not_scale_the_loss_stops_the_first_backward():
+    model = build("mlp")
+    scaler = torch.amp.GradScaler("cpu")
+    opt = SNROptimizer(sgd(model), model, scaler=scaler)
+    with pytest.raises(RuntimeError, match=r"scaler that never scaled one.*scaler\.scale\(loss"):
+        model(model.example).sum().backward()
+    opt.remove()
+
+
 def test_nothing_to_regularize_names_the_reasons():
     model = nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2))
     with pytest.raises(ValueError, match=r"found none.*0\.weight: Embedding\.weight is not the"):
         SNROptimizer(sgd(model), model)
+    norm = nn.LayerNorm(2)
     with pytest.raises(ValueError, match="the model has no such parameter"):
-        SNROptimizer(sgd(nn.LayerNorm(2)), nn.LayerNorm(2))
+        SNROptimizer(sgd(norm), norm)
 
 
 def test_everything_excluded():
@@ -124,14 +134,27 @@ def test_everything_excluded():
 
 
 def test_no_overlap_between_model_and_optimizer():
-    with pytest.raises(ValueError, match=r"body\.0\.weight: not held by the optimizer"):
+    with pytest.raises(ValueError, match="found one that holds none of them: build the optim"):
         SNROptimizer(sgd(build("mlp")), build("mlp"))
+
+
+def test_the_optimizer_holds_no_weight_but_something_else():
+    model = build("mlp")
+    biases = torch.optim.SGD([model.body[0].bias], lr=0.1)
+    with pytest.raises(ValueError, match=r"body\.0\.weight: not held by the optimizer"):
+        SNROptimizer(biases, model)
 
 
 def test_include_without_a_match_names_the_nearest():
     model = build("mlp")
     with pytest.raises(ValueError, match=r"'body\.0\.wieght' .* nearest: 'body\.0\.weight'"):
         SNROptimizer(sgd(model), model, include="body.0.wieght")
+
+
+def test_include_of_a_module_name_says_how_to_name_its_parameters():
+    model = build("mlp")
+    with pytest.raises(ValueError, match=r"'body' matches no parameter.*module: 'body\.\*'"):
+        SNROptimizer(sgd(model), model, include="body")
 
 
 def test_wrapping_twice():

@@ -274,6 +274,14 @@ def test_a_group_without_lambda_gets_the_default_and_loses_it_again():
     assert all("snr_lambda" not in group for group in opt.param_groups)
 
 
+def test_a_group_added_past_the_wrapper_is_regularized_from_the_next_zero_grad_on():
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model.body[0]), model, LAMBDA, exact=True)
+    opt.optimizer.add_param_group({"params": model.body[2].parameters()})
+    assert effective_lambda(model, opt, "body.2.weight") == pytest.approx(LAMBDA)
+    assert opt.skipped == ()
+
+
 def test_reordered_groups_lose_only_the_lambda_they_were_given():
     model = build("mlp")
     groups = [
