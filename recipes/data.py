@@ -106,8 +106,8 @@ def create_loaders(recipe: Recipe, datasets: Datasets, config: dict[str, Any]) -
     train, test, _ = datasets
     try:
         train.transform = transform(**(config | recipe.transform_kwargs), is_training=True)
-    except TypeError as error:
-        raise RecipeError(f"unknown entry in transform_kwargs: {error}") from None
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(f"refused transform_kwargs: {error}") from None
     test.transform = transform(**config, crop_pct=1.0)
     if recipe.subset is not None:
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -131,7 +131,7 @@ def _torchvision(name: str, recipe: Recipe) -> tuple[Any, Any]:
             timm.data.create_dataset(f"torch/{name}", split="train", **options),
             timm.data.create_dataset(f"torch/{name}", split="validation", **options),
         )
-    except RuntimeError as error:  # torchvision's word for missing or corrupted
+    except (RuntimeError, OSError) as error:  # missing or corrupted, or no network
         raise RecipeError(
             f"expected {name} in the folder {recipe.data_dir!r}: {error}; pass --download to "
             "fetch it, or --data-dir to say where it is"

@@ -21,50 +21,58 @@ class RecipeError(ValueError):
     """Something in a recipe, its data or its checkpoint is not as expected."""
 
 
+def _entry(default: Any, description: str) -> Any:
+    """Declare an entry with what ``--help`` says of it."""
+    metadata = {"help": description}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """The entries of a recipe file, and of the command line under the same names.
+    """The entries of a recipe file, and of the command line under the same names."""
 
-    The ``*_kwargs`` are passed on to the function named in their comment.
-    """
+    model: str = _entry("test_resnet", "name of a timm model")
+    model_kwargs: dict[str, Any] = _entry({}, "more for timm.create_model")
+    img_size: int = _entry(32, "height and width of the images in pixels")
 
-    model: str = "test_resnet"
-    model_kwargs: dict[str, Any] = field(default_factory=dict)  # timm.create_model
-    img_size: int = 32
+    data: str = _entry("digits", "digits, cifar10, cifar100, or folder:DIR with train/ and test/")
+    data_dir: str = _entry("data", "folder that holds cifar10 and cifar100, or will")
+    download: bool = _entry(False, "fetch cifar10 or cifar100 if they are missing")
+    subset: int | None = _entry(None, "train on this many images, drawn once by the seed")
+    transform_kwargs: dict[str, Any] = _entry({}, "training images: timm.data.create_transform")
+    batch_size: int = _entry(64, "images a step")
+    workers: int = _entry(0, "processes that load images")
 
-    data: str = "digits"  # digits, cifar10, cifar100, or folder:DIR with train/ and test/
-    data_dir: str = "data"  # where cifar10 and cifar100 lie, or are downloaded to
-    download: bool = False
-    subset: int | None = None  # train on this many images, drawn once by the seed
-    transform_kwargs: dict[str, Any] = field(default_factory=dict)  # timm.data.create_loader
-    batch_size: int = 64
-    workers: int = 0
+    opt: str = _entry("sgd", "name of a timm optimizer (timm's sgd is Nesterov's)")
+    lr: float = _entry(0.1, "learning rate at its peak")
+    momentum: float = _entry(0.9, "momentum, for optimizers that have one")
+    weight_decay: float = _entry(0.0, "weight decay, beside the spectral penalty")
+    opt_kwargs: dict[str, Any] = _entry({}, "more for timm.optim.create_optimizer_v2")
 
-    opt: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    opt_kwargs: dict[str, Any] = field(default_factory=dict)  # timm.optim.create_optimizer_v2
+    snr_lambda: float = _entry(0.01, "strength of the spectral penalty; 0 switches it off")
+    snr_kwargs: dict[str, Any] = _entry({}, "more for snr_hooks.SNROptimizer")
 
-    snr_lambda: float = 0.01
-    snr_kwargs: dict[str, Any] = field(default_factory=dict)  # snr_hooks.SNROptimizer
-
-    sched: str = "cosine"
-    sched_kwargs: dict[str, Any] = field(default_factory=dict)  # timm create_scheduler_v2
-    epochs: int = 20
-    seed: int = 0
+    sched: str = _entry("cosine", "name of a timm schedule, stepped at every update")
+    sched_kwargs: dict[str, Any] = _entry({}, "more for timm.scheduler.create_scheduler_v2")
+    epochs: int = _entry(20, "passes over the training images")
+    seed: int = _entry(0, "of weights, order, augmentation and subset")
 
     def __post_init__(self) -> None:
         """Refuse what can be told to be wrong without building anything."""
-        for name in ("epochs", "batch_size", "img_size"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"expected {name} to be at least 1, found {getattr(self, name)}")
+        least = {"epochs": 1, "batch_size": 1, "img_size": 1, "workers": 0, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value < bound:
+                raise RecipeError(f"expected {name} to be at least {bound}, found {value}")
         if self.subset is not None and self.subset < self.batch_size:
             raise RecipeError(
                 f"expected subset to hold at least one batch of {self.batch_size}, found "
                 f"{self.subset}: lower batch_size or raise subset"
             )
-        check_known("model", self.model.partition(".")[0], timm.list_models())
+        if ":" not in self.model:  # hf-hub:... and local-dir:... are timm's to resolve
+            check_known("model", self.model.partition(".")[0], timm.list_models())
         check_known("optimizer", self.opt, timm.optim.list_optimizers())
 
 
@@ -123,6 +131,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
         description="Train a timm model with spectral norm regularization.",
         epilog="The same command continues an interrupted run.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
     parser.add_argument("recipe", help=f"name of a recipe ({names}), or path of a YAML file")
@@ -135,7 +144,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     group = parser.add_argument_group("entries of the recipe")
     for entry in dataclasses.fields(Recipe):
         group.add_argument(f"--{entry.name.replace('_', '-')}", **_option(entry))
-    options = vars(parser.parse_args(arguments))
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        check_known("option", unknown[0], flags)
+        raise RecipeError(f"expected no more arguments, found {' '.join(unknown)!r}")
+    options = vars(known)
     run = argparse.Namespace(**{key: options.pop(key) for key in ("recipe", "output", "fresh")})
     run.output = run.output or Path("runs") / Path(run.recipe).stem
     entries = read(run.recipe)
@@ -146,12 +160,24 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
 
 def _option(entry: dataclasses.Field[Any]) -> dict[str, Any]:
     """Return the argparse options of one entry."""
-    kind = _kind(entry)
+    kind, description = _kind(entry), {"help": entry.metadata["help"]}
     if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
+        return {"action": argparse.BooleanOptionalAction} | description
     if kind is dict:
-        return {"nargs": "*", "action": timm.utils.ParseKwargs, "metavar": "KEY=VALUE"}
-    return {"type": kind, "metavar": kind.__name__.upper()}
+        return {"nargs": "*", "action": _KeyValues, "metavar": "KEY=VALUE"} | description
+    return {"type": kind, "metavar": kind.__name__.upper()} | description
+
+
+class _KeyValues(timm.utils.ParseKwargs):  # type: ignore[misc]
+    """timm's parser of KEY=VALUE, with a message for what is not of that form."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        for value in values:
+            if "=" not in value:
+                raise RecipeError(f"expected KEY=VALUE after {option_string}, found {value!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _typed(entry: dataclasses.Field[Any], value: Any, path: Path) -> Any:

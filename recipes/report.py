@@ -41,7 +41,13 @@ def audit_table(start: Spectra, end: Spectra, estimates: Mapping[str, float]) ->
     """
     width = max(map(len, start))
     header = f"{'parameter':{width}}  {'before':>8}  {'after':>8}  {'estimate':>8}  rel. error"
-    lines = ["sigma_1 of the weight as a matrix, out x rest", "", header, "-" * len(header)]
+    lines = [
+        "sigma_1 of the weight as a matrix (out x rest), by exact SVD before and after training;",
+        "the optimizer's estimate after training, and how far it is below the exact value",
+        "",
+        header,
+        "-" * len(header),
+    ]
     for name in start:
         before, after = float(start[name][0]), float(end[name][0])
         line = f"{name:{width}}  {before:8.4f}  {after:8.4f}"

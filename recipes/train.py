@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(recipe, options.output, fresh=options.fresh)
     except RecipeError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues after the last finished epoch")
 
 
 def run(recipe: Recipe, output: Path, *, fresh: bool = False) -> SNROptimizer:
@@ -70,15 +72,23 @@ def run(recipe: Recipe, output: Path, *, fresh: bool = False) -> SNROptimizer:
         RecipeError: An entry of the recipe does not fit, the folder holds the run of
             another recipe or a broken checkpoint, or the loss is not finite.
     """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"expected to write to the folder {output}: {error}") from None
     training = build(recipe)
     start = spectra(training.model)
-    output.mkdir(parents=True, exist_ok=True)
     history = [] if fresh else _resume(training, recipe, output / CHECKPOINT)
     if history:
         print(f"continuing {output} after epoch {len(history)} of {recipe.epochs}")
     (output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
     steps = len(training.loaders.train)
-    with tqdm(total=recipe.epochs * steps, initial=len(history) * steps, unit="step") as bar:
+    with tqdm(
+        total=recipe.epochs * steps,
+        initial=len(history) * steps,
+        unit="step",
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # in a log, a line now and then
+    ) as bar:
         for epoch in range(len(history), recipe.epochs):
             timm.utils.random_seed(recipe.seed, rank=epoch + 1)
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
@@ -228,12 +238,13 @@ def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, An
         return []
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved, history = checkpoint["recipe"], checkpoint["history"]
-    except (RuntimeError, EOFError, KeyError, UnpicklingError, OSError) as error:
-        raise RecipeError(
-            f"expected a checkpoint of a recipe in {path}, found a truncated or foreign file "
-            f"({type(error).__name__}): restore it, or pass --fresh to start over"
-        ) from error
+        parts = ("recipe", "history", "state_dict", "optimizer", "epoch")
+        saved, history, *_ = (checkpoint[part] for part in parts)
+        complete = isinstance(saved, dict) and len(history) == checkpoint["epoch"] + 1
+    except (RuntimeError, EOFError, LookupError, TypeError, UnpicklingError, OSError) as error:
+        raise RecipeError(_broken(path, type(error).__name__)) from error
+    if not complete:
+        raise RecipeError(_broken(path, "incomplete"))
     current = dataclasses.asdict(recipe)
     free = {"workers", "download", "data_dir"}  # may change without changing the result
     differing = [
@@ -246,8 +257,18 @@ def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, An
             f"{path} belongs to another recipe ({'; '.join(differing)}): pass another --output, "
             "or --fresh to replace it"
         )
-    timm.models.resume_checkpoint(training.model, str(path), training.optimizer, log_info=False)
+    try:
+        timm.models.resume_checkpoint(training.model, str(path), training.optimizer, log_info=False)
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise RecipeError(_broken(path, str(error))) from error
     return list(history)
+
+
+def _broken(path: Path, what: str) -> str:
+    return (
+        f"expected a checkpoint of a recipe in {path}, found a truncated or foreign file "
+        f"({what}): restore it, or pass --fresh to start over"
+    )
 
 
 def _write_report(

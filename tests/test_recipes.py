@@ -1,6 +1,8 @@
 """The training recipe: what it accepts, writes and refuses, and that killing it costs nothing."""
 
 import csv
+import dataclasses
+import io
 import os
 import pickle
 import shlex
@@ -329,6 +331,9 @@ def test_a_run_from_a_recipe_file_that_the_run_itself_wrote():
         ({"model": "vit_tiny_patch16_225"}, "unknown model 'vit_tiny_patch16_225'; nearest: vit_t"),
         ({"opt": "adamv"}, "unknown optimizer 'adamv'; nearest: adam"),
         ({"epochs": 0}, "expected epochs to be at least 1, found 0"),
+        ({"seed": -1}, "expected seed to be at least 0, found -1"),
+        ({"workers": -1}, "expected workers to be at least 0, found -1"),
+        ({"transform_kwargs": {"scale": 5}}, "refused transform_kwargs.*int"),
         ({"batch_size": -1, "subset": None}, "expected batch_size to be at least 1, found -1"),
         ({"subset": 10}, "expected subset to hold at least one batch of 32, found 10"),
         ({"data": "cifar11"}, "unknown data set 'cifar11'; nearest: cifar10"),
@@ -342,7 +347,7 @@ def test_a_run_from_a_recipe_file_that_the_run_itself_wrote():
         ({"sched": "cosin"}, "refused sched or sched_kwargs: Unknown scheduler 'cosin'"),
         ({"sched_kwargs": {"nonsense": 1}}, "refused sched or sched_kwargs.*nonsense"),
         ({"model_kwargs": {"nonsense": 1}}, "refused model, img_size or model_kwargs"),
-        ({"transform_kwargs": {"nonsense": 1}}, "unknown entry in transform_kwargs.*nonsense"),
+        ({"transform_kwargs": {"nonsense": 1}}, "refused transform_kwargs.*nonsense"),
     ],
 )
 def test_bad_entries(entries, message):
@@ -396,33 +401,87 @@ def test_too_few_images():
         build(toy(data="folder:images", subset=None))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "text"])
+def damaged(content, damage):
+    """Return the bytes of a broken version of a checkpoint."""
+    if damage in ("empty", "text"):
+        return {"empty": b"", "text": b"x"}[damage]
+    if damage == "truncated":
+        return content[: len(content) // 2]
+    checkpoint = torch.load(io.BytesIO(content), weights_only=True)
+    if damage == "foreign":
+        checkpoint = {"state_dict": {}}
+    elif damage == "list":
+        checkpoint = [1, 2]
+    elif damage == "weights of another shape":
+        checkpoint["state_dict"]["fc.bias"] = torch.ones(3)
+    elif damage == "nan vector":
+        checkpoint["optimizer"]["snr_hooks"]["vectors"]["fc.weight"].fill_(torch.nan)
+    else:
+        del checkpoint[damage]
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("truncated", "empty", "text", "foreign", "list", "weights of another shape"),
+        *("nan vector", "optimizer", "history", "recipe"),
+    ],
+)
 def test_a_broken_checkpoint_is_refused_and_kept(damage):
     run(toy(), Path("out"))
     path = Path("out", CHECKPOINT)
-    content = path.read_bytes()
-    if damage == "foreign":
-        torch.save({"state_dict": {}}, path)
-    else:
-        path.write_bytes(
-            {"truncated": content[: len(content) // 2], "empty": b""}.get(damage, b"x")
-        )
+    path.write_bytes(damaged(path.read_bytes(), damage))
     broken = path.read_bytes()
-    with pytest.raises(RecipeError, match=r"truncated or foreign file.*--fresh"):
+    with pytest.raises(RecipeError, match=r"(?s)truncated or foreign file.*--fresh"):
         run(toy(), Path("out"))
     assert path.read_bytes() == broken
 
 
 def test_a_checkpoint_of_another_recipe_is_refused():
     run(toy(), Path("out"))
-    with pytest.raises(RecipeError, match=r"another recipe \(lr is 0\.1 there and 0\.2 here\)"):
+    with pytest.raises(RecipeError, match=r"another recipe \(lr is 0\.05 there and 0\.2 here\)"):
         run(toy(lr=0.2), Path("out"))
     run(toy(workers=1, data_dir="elsewhere"), Path("out"))  # these do not change the result
 
 
-def test_main_reports_errors_without_a_traceback():
-    with pytest.raises(SystemExit, match="error: unknown recipe 'digit'"):
-        main(["digit"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("digit", "error: unknown recipe 'digit'"),
+        ("digits --modle x", "error: unknown option '--modle'; nearest: --model"),
+        ("digits more", "error: unknown option 'more'"),
+        ("digits --opt-kwargs nesterov", "expected KEY=VALUE after --opt-kwargs, found 'nesterov'"),
+        ("digits --output taken", "error: expected to write to the folder taken"),
+    ],
+)
+def test_main_reports_errors_without_a_traceback(line, message):
+    Path("taken").write_text("a file")
+    with pytest.raises(SystemExit, match=message):
+        main(line.split())
+
+
+def test_main_reports_an_interruption_without_a_traceback(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.train.run", interrupted)
+    with pytest.raises(SystemExit, match="the same command continues"):
+        main(["digits"])
+
+
+def test_help_explains_every_entry(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for entry in dataclasses.fields(Recipe):
+        assert entry.metadata["help"] in printed
+
+
+def test_names_from_the_hub_are_left_to_timm():
+    assert toy(model="hf-hub:timm/resnet18.a1_in1k").model.startswith("hf-hub:")
 
 
 # --- the pictures ---
