@@ -40,12 +40,14 @@ def test_recipe_commands_parse():
         shlex.split(line, comments=True)
         for text in blocks("sh")
         for line in text.splitlines()
-        if line.startswith("python -m recipes.train")
+        if line.startswith(".venv/bin/python -m recipes.train")
     ]
     assert len(commands) >= 3
+    outputs = ["runs/digits"]
     for _, _, module, *arguments in commands:
         assert module == "recipes.train"
-        parse(arguments)
+        outputs.append(str(parse(arguments)[1].output))
+    assert len(set(outputs)) == len(outputs)  # run one after the other, none is in the way
 
 
 def test_the_two_commands_create_their_environment():
