@@ -109,7 +109,7 @@ def test_the_regularizer_acts_and_lambda_0_switches_it_off():
     for strength in (0.0, 2.0):
         run(toy(snr_lambda=strength, sched="none", sched_kwargs={}), Path(f"out{strength}"))
     plain, regularized = (float(rows(f"out{s}")[-1]["sigma_max"]) for s in (0.0, 2.0))
-    assert regularized < 0.9 * plain
+    assert regularized < 0.97 * plain  # equal if the strength is ignored
 
 
 def test_the_same_recipe_runs_on_other_models():
