@@ -60,8 +60,8 @@ def power_iteration(
     for _ in range(n_iterations):
         u, _ = normalize(matvec(v))
         v_next, sigma = normalize(rmatvec(u))
-        informative = (sigma > 0) & (sigma < torch.inf)
-        v = torch.where(informative.unsqueeze(-1), v_next, v.roll(1, dims=-1))
+        informative = (sigma > 0).unsqueeze(-1)  # not if sigma is 0 or NaN
+        v = torch.where(informative, v_next, v.roll(1, dims=-1))
     return SingularTriplet(sigma, u, v)
 
 
