@@ -215,3 +215,27 @@ def test_the_table_shows_targets_views_and_reasons():
     assert "body.0.weight skipped: matched by exclude" in lines
     assert lines[-1] == "4 regularized, 1 skipped"
     assert repr(discover(nn.ReLU())).endswith("0 regularized, 0 skipped")
+
+
+def test_weights_that_are_no_leaves_are_skipped():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0]._parameters["weight"] = model[0].weight * 2  # as functional optimizers do
+    found = discover(model)
+    assert names(found) == ["1.weight"]
+    assert reasons(found) == {"0.weight": "not a leaf: its gradient is not accumulated"}
+
+
+def test_sharded_weights_are_skipped():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight.device_mesh = "stands for that of a DTensor"
+    found = discover(model)
+    assert names(found) == ["1.weight"]
+    assert reasons(found) == {"0.weight": "sharded (DTensor): only whole weights are supported"}
+
+
+def test_both_lists_are_in_the_order_of_the_model():
+    model = Exotic()
+    order = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found = discover(model)
+    for listed in (names(found), list(reasons(found))):
+        assert listed == sorted(listed, key=order.index)
