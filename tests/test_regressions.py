@@ -408,3 +408,10 @@ def test_loaded_vectors_are_copies_and_only_of_targets():
     loaded = opt.state_dict()["snr_hooks"]["vectors"]
     assert set(loaded) == {"body.0.weight", "body.2.weight"}
     assert all(v.any() for v in loaded.values())
+
+
+def test_exact_is_exact_in_float64_also_for_float32_weights():
+    model = build("mlp", torch.float32)
+    opt = wrap(model, exact=True)
+    for name, sigma in opt.spectral_norms().items():
+        assert sigma == pytest.approx(exact_term(model.get_parameter(name))[0], rel=1e-13)
