@@ -9,6 +9,7 @@ from _oracles import matrix_with
 from hypothesis import given
 from hypothesis import strategies as st
 
+from snr_hooks import SNROptimizer
 from snr_hooks.power_iteration import normalize, power_iteration, starting_vector
 
 DTYPES = (torch.float32, torch.float64)
@@ -185,3 +186,18 @@ def test_starting_vectors_depend_on_seed_and_name_and_leave_the_global_stream_al
     assert torch.equal(a, starting_vector(50, 0, "a"))
     assert not torch.equal(a, starting_vector(50, 0, "b"))
     assert not torch.equal(a, starting_vector(50, 1, "a"))
+
+
+@given(matrices())
+def test_the_term_is_rank_one_with_frobenius_norm_lambda_sigma(drawn):
+    matrix, _ = drawn
+    layer = torch.nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, dtype=matrix.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(matrix)
+    opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer, 0.5)
+    sigma = opt.spectral_norms()["weight"]
+    (layer.weight * 0).sum().backward()
+    values = torch.linalg.svdvals(layer.weight.grad.double() / sigma)
+    tolerance = 10 * rounding(matrix)
+    assert values.norm().item() == pytest.approx(0.5, rel=tolerance)
+    assert values[0].item() == pytest.approx(0.5, rel=tolerance)
