@@ -277,19 +277,21 @@ def test_save_load_continue_is_bitwise_the_same_as_not_stopping(tmp_path, make, 
     assert_same(resumed, model)
 
 
-def test_a_weight_without_gradient_so_far_resumes_from_the_seed():
+def test_seed_and_iterations_survive_loading_and_unseen_weights_start_from_the_seed():
+    options = {"seed": 7, "n_power_iterations": 3}
     model = build("with_unused")
-    opt = wrap(model)
+    opt = wrap(model, **options)
     train(model, opt, 2)
     state = copy.deepcopy(opt.state_dict())
     assert "unused.weight" not in state["snr_hooks"]["vectors"]
     resumed = copy.deepcopy(model)
-    again = wrap(resumed)
+    again = wrap(resumed, **options)
     again.load_state_dict(state)
     for m, o in ((model, opt), (resumed, again)):
         o.zero_grad()
         (m.unused.weight.square().sum() + m(m.example).sum()).backward()
         o.step()
+        train(m, o, 2)
     assert_same(model, resumed)
 
 

@@ -376,24 +376,6 @@ def test_the_first_look_at_a_weight_is_fifteen_iterations():
     assert opt.spectral_norms()["weight"] == pytest.approx(once_more, rel=1e-6)
 
 
-def test_seed_and_number_of_iterations_survive_loading():
-    def started(model):
-        return wrap(model, seed=7, n_power_iterations=3)
-
-    model = build("with_unused")
-    opt = started(model)
-    train(model, opt, 2)
-    resumed = copy.deepcopy(model)
-    again = started(resumed)
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    for m, o in ((model, opt), (resumed, again)):
-        o.zero_grad()
-        (m.unused.weight.square().sum() + m(m.example).sum()).backward()
-        o.step()
-        train(m, o, 2)
-    assert_same(model, resumed)
-
-
 def test_loaded_vectors_are_copies_and_only_of_targets():
     model = build("mlp")
     opt = wrap(model)
