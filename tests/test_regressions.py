@@ -9,7 +9,7 @@ import torch
 from _models import build
 from _oracles import exact_term
 from test_once_per_step import LAMBDA, loss_of, record
-from test_optimizer import assert_same, hooks_on, sgd, train, wrap
+from test_optimizer import hooks_on, sgd, train, wrap
 from torch import nn
 
 from snr_hooks import SNROptimizer
