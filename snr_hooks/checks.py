@@ -18,6 +18,8 @@ STATE_KEY = "snr_hooks"
 
 def checked_strength(value: Any, what: str) -> float:
     """Return lambda as a float, or say what is wrong with it."""
+    if type(value) is float and 0 <= value < math.inf:  # asked for every weight and step
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"expected {what} to be a number >= 0, found {value!r}")
     strength = float(value)
@@ -33,6 +35,21 @@ def checked_int(value: object, what: str, *, at_least: int) -> int:
     if value < at_least:
         raise ValueError(f"expected {what} to be at least {at_least}, found {value}")
     return value
+
+
+def checked_products(n_power_iterations: object) -> int:
+    """Return the number of products with each weight in so many power iterations."""
+    if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, Real):
+        raise TypeError(
+            f"expected n_power_iterations to be a multiple of 0.5, found {n_power_iterations!r}"
+        )
+    products = 2 * float(n_power_iterations)
+    if not 1 <= products < math.inf or products != int(products):
+        raise ValueError(
+            "expected n_power_iterations to be a positive multiple of 0.5 (half an iteration is "
+            f"one product with each weight), found {n_power_iterations!r}"
+        )
+    return int(products)
 
 
 def check_values(target: Target) -> None:

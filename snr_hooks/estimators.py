@@ -1,94 +1,123 @@
-"""Two ways to get (sigma, u, v) of a target: power iteration with a warm start, and SVD.
+"""Two ways to get the term of a target: subspace iteration with a warm start, and SVD.
 
-An estimator knows targets and their views, but no gradients, hooks or optimizers.
+An estimator knows targets and their views, but no gradients, hooks or optimizers. It is asked
+for all targets of a step at once.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from snr_hooks.discovery import Target
-from snr_hooks.power_iteration import SingularTriplet, power_iteration, starting_vector
+from snr_hooks.products import Product
+from snr_hooks.subspace import Subspaces, starting_vectors
 
 WARM_UP = 15
-"""Iterations the first time a weight is needed, when its vector is still random."""
+"""Power iterations the first time a weight is needed, when its vectors are still random."""
+
+Vectors = Mapping[str, Tensor]
+"""What is kept of a weight: ``left``, shape ``(l, m)``, and ``right``, shape ``(r, n)``."""
+
+
+class Term(NamedTuple):
+    """The rank-one matrix sigma u v^T of a target.
+
+    Attributes:
+        sigma: A number, or on an accelerator, where reading it would wait, a scalar tensor.
+        u: Shape ``(m,)``. A view that holds u until the next terms are computed.
+        v: Shape ``(n,)``, likewise.
+    """
+
+    sigma: float | Tensor
+    u: Tensor
+    v: Tensor
 
 
 class Estimator(Protocol):
     """What the optimizer needs of an estimator."""
 
-    def advance(self, target: Target) -> SingularTriplet:
-        """Return the triplet for the next term, and keep what the one after needs."""
+    def advance(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the next terms, and keep what the ones after need."""
 
-    def peek(self, target: Target) -> SingularTriplet:
-        """Return the triplet that ``advance`` would return, and change nothing."""
+    def peek(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the terms that ``advance`` would return, and change nothing."""
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Vectors]:
         """Return, by parameter name, what a run needs to continue bitwise the same."""
 
-    def restored(self, state: Mapping[str, Tensor], targets: Iterable[Target]) -> Self:
+    def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
         """Return an estimator in a saved state; raise ValueError if it does not fit."""
 
 
-class PowerIteration:
-    """Power iteration that starts where it ended in the step before (paper, section 3).
+class SubspaceIteration:
+    """Iteration that starts where it ended in the step before (paper, section 3).
 
-    A weight moves little in a step, so an iteration a step keeps up. The first time a
-    weight is needed, its random vector gets ``WARM_UP`` iterations; not at construction,
-    because weights are often loaded after the optimizer is built.
+    A weight moves little in a step, so little work a step keeps up; see ``subspace``. The
+    first time a weight is needed, its random vectors get ``WARM_UP`` power iterations; not
+    at construction, because weights are often loaded after the optimizer is built.
 
     Args:
-        n_iterations: Iterations a step, at least 1.
+        n_products: Products with each weight in a step, at least 1; two are a full power
+            iteration.
+        n_vectors: Vectors a weight, at least 1. A matrix with fewer rows or columns has as
+            many as that.
         seed: Seed of the starting vectors.
-        vectors: Right vectors to continue from, by parameter name.
+        vectors: Vectors to continue from, by parameter name.
     """
 
     def __init__(
-        self, n_iterations: int, seed: int, vectors: Mapping[str, Tensor] | None = None
+        self,
+        n_products: int,
+        n_vectors: int,
+        seed: int,
+        vectors: Mapping[str, Vectors] | None = None,
     ) -> None:
-        self.n_iterations = n_iterations
+        self.n_products = n_products
+        self.n_vectors = n_vectors
         self.seed = seed
-        self.vectors = dict(vectors or {})
+        # By name, but fresher in the batches for the weights that are in one.
+        self._vectors = dict(vectors or {})
+        self._batches: list[_Batch] = []
+        self._arrangement: list[object] = []
 
-    def advance(self, target: Target) -> SingularTriplet:
-        """Return the triplet for the next term, and keep v for the one after."""
-        triplet = self.peek(target)
-        self.vectors[target.name] = triplet.v
-        return triplet
+    def advance(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the next terms, and keep the vectors for the ones after."""
+        arrangement = _arrangement(targets)
+        if arrangement != self._arrangement:
+            self._vectors = self._by_name(targets)
+            self._batches = _batches(targets, self._vectors)
+            self._arrangement = arrangement
+        return _iterated(targets, self._batches, self.n_products)
 
-    def peek(self, target: Target) -> SingularTriplet:
-        """Return the triplet that ``advance`` would return, and change nothing."""
-        view = target.view
-        weight = target.parameter.detach()
-        # Half precision is too coarse for an iteration that feeds on its own result.
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        v, n_iterations = self.vectors.get(target.name), self.n_iterations
-        if v is None:
-            v = starting_vector(view.shape(weight)[1], self.seed, target.name)
-            n_iterations = max(WARM_UP, n_iterations)
-        with _without_autocast(weight.device.type):
-            return power_iteration(
-                lambda v: view.matvec(weight, v),
-                lambda u: view.rmatvec(weight, u),
-                v.to(weight.device, weight.dtype),
-                n_iterations,
-            )
+    def peek(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the terms that ``advance`` would return, and change nothing."""
+        return _iterated(targets, _batches(targets, self._by_name(targets)), self.n_products)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what copies and pickles hold: no batches, whose views would be torn apart."""
+        return self.__dict__ | {
+            "_vectors": self.state_dict(),
+            "_batches": [],
+            "_arrangement": [],
+        }
 
     def __repr__(self) -> str:
-        return f"{self.n_iterations} power iteration{'s'[: self.n_iterations > 1]} a step"
+        products = f"{self.n_products} product{'s'[: self.n_products > 1]}"
+        vectors = f"{self.n_vectors} vector{'s'[: self.n_vectors > 1]}"
+        return f"subspace iteration, {products} with {vectors} a step"
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return v, shape ``(n,)``, of each weight needed so far."""
-        return dict(self.vectors)
+    def state_dict(self) -> dict[str, Vectors]:
+        """Return the vectors of each weight needed so far."""
+        return self._by_name(())
 
-    def restored(self, state: Mapping[str, Tensor], targets: Iterable[Target]) -> Self:
+    def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
         """Return an estimator that continues from saved vectors.
 
-        A target without one starts from the seed, as it would have in the saved run.
+        A target without vectors starts from the seed, as it would have in the saved run.
 
         Args:
             state: From ``state_dict()``.
@@ -98,46 +127,180 @@ class PowerIteration:
             A new estimator; this one is left alone.
 
         Raises:
-            ValueError: A vector is of another shape, zero, or not finite.
+            ValueError: Vectors are of another number or shape, zero, or not finite.
         """
-        lengths = {target.name: target.view.shape(target.parameter)[1] for target in targets}
-        for name in lengths.keys() & state.keys():
-            _check_vector(name, state[name], lengths[name])
-        unknown = sorted(state.keys() - lengths.keys())
+        shapes = {target.name: target.view.shape(target.parameter) for target in targets}
+        known = {
+            name: _checked_vectors(name, state[name], shapes[name], self.n_vectors)
+            for name in shapes
+            if name in state
+        }
+        unknown = sorted(state.keys() - shapes.keys())
         if unknown:
             warnings.warn(
                 f"the state dict has vectors of {len(unknown)} weights that are not "
                 f"regularized here, the first {unknown[0]!r}; they are ignored and power "
-                "iteration starts afresh for weights without a vector",
+                "iteration starts afresh for weights without vectors",
                 stacklevel=3,
             )
-        known = {name: state[name].detach().clone() for name in lengths if name in state}
-        return type(self)(self.n_iterations, self.seed, known)
+        return type(self)(self.n_products, self.n_vectors, self.seed, known)
+
+    def _by_name(self, targets: Sequence[Target]) -> dict[str, Vectors]:
+        """Return copies of all vectors; of new weights among ``targets``, warmed-up ones."""
+        vectors = self._vectors | {
+            name: pair for batch in self._batches for name, pair in batch.vectors().items()
+        }
+        fresh = [target for target in targets if target.name not in vectors]
+        if fresh:
+            # All weights should be on the same side at a time: fewer, larger batches.
+            others_on_left = any(not _next_is_right(pair) for pair in vectors.values())
+            batches = _batches(fresh, {target.name: self._start(target) for target in fresh})
+            _iterated(fresh, batches, 2 * WARM_UP + others_on_left)
+            vectors |= {name: pair for batch in batches for name, pair in batch.vectors().items()}
+        return {
+            name: {side: part.clone() for side, part in pair.items()}
+            for name, pair in vectors.items()
+        }
+
+    def _start(self, target: Target) -> Vectors:
+        m, n = target.view.shape(target.parameter)
+        k = min(self.n_vectors, m, n)
+        return {
+            "left": starting_vectors(k // 2, m, self.seed, f"left of {target.name}"),
+            "right": starting_vectors(k, n, self.seed, target.name),
+        }
 
 
 class ExactSVD:
     """The top triplet of ``torch.linalg.svd`` in float64: slow, exact, without state."""
 
-    def advance(self, target: Target) -> SingularTriplet:
-        """Return the top singular triplet."""
-        return self.peek(target)
+    def advance(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the exact terms."""
+        return self.peek(targets)
 
-    def peek(self, target: Target) -> SingularTriplet:
-        """Return the top singular triplet."""
-        matrix = target.view.matrix(target.parameter.detach()).double()
-        u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return SingularTriplet(sigma[0], u[:, 0], vh[0])
+    def peek(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the exact terms."""
+        return [_exact_term(target) for target in targets]
 
     def __repr__(self) -> str:
         return "torch.linalg.svd at every step"
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Vectors]:
         """Return nothing: there is nothing to continue from."""
         return {}
 
-    def restored(self, state: Mapping[str, Tensor], targets: Iterable[Target]) -> Self:
+    def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
         """Return this estimator: saved vectors of power iteration do not matter to it."""
         return self
+
+
+class _Batch:
+    """Weights that are iterated together: on one device, in one dtype, on the same side.
+
+    Args:
+        targets: All targets.
+        indices: Which of them are in the batch.
+        vectors: Their vectors, by name. They are copied.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], indices: list[int], vectors: Mapping[str, Vectors]
+    ) -> None:
+        self.indices = indices
+        self._names = [targets[index].name for index in indices]
+        pairs = [vectors[name] for name in self._names]
+        right = _next_is_right(pairs[0])
+        first = targets[indices[0]].parameter
+        k = len(pairs[0]["right" if right else "left"])
+
+        def rows(side: str) -> list[Tensor]:
+            """The vectors, after empty rows that images will take."""
+            vectors = [pair[side].to(first.device, _at_least_float32(first)) for pair in pairs]
+            return [torch.cat([v.new_zeros(k - len(v), v.shape[1]), v]) for v in vectors]
+
+        self._subspaces = Subspaces(rows("right"), rows("left"), next_is_right=right)
+        self._n_kept = k // 2
+        self._products: dict[bool, tuple[list[int], list[Product]]] = {}
+
+    def step(self, targets: Sequence[Target]) -> Iterator[Term]:
+        """Take one product with each weight."""
+        members = [targets[index] for index in self.indices]
+        for product in self._prepared(members):
+            product()
+        us, vs = self._subspaces.step()
+        sigma = self._subspaces.sigma
+        return map(Term, sigma.tolist() if sigma.is_cpu else sigma.unbind(), us, vs)
+
+    def vectors(self) -> dict[str, Vectors]:
+        """Return the vectors by name, as views."""
+        right, left = self._subspaces.right.each, self._subspaces.left.each
+        waiting = slice(-self._n_kept or len(right[0]), None)  # without places for images
+        if self._subspaces.next_is_right:
+            left = [rows[waiting] for rows in left]
+        else:
+            right = [rows[waiting] for rows in right]
+        return {
+            name: {"left": u, "right": v}
+            for name, u, v in zip(self._names, left, right, strict=True)
+        }
+
+    def _prepared(self, members: list[Target]) -> list[Product]:
+        """Return the products, prepared anew if a weight was moved since the last time."""
+        right = self._subspaces.next_is_right
+        places = [target.parameter.data_ptr() for target in members]
+        known, products = self._products.get(right, ([], []))
+        if known != places:
+            rows, outs = self._subspaces.to_multiply()
+            products = [
+                (view.matvec if right else view.rmatvec)(parameter.detach(), vectors, out)
+                for (_, parameter, view), vectors, out in zip(members, rows, outs, strict=True)
+            ]
+            self._products[right] = places, products
+        return products
+
+
+@torch.no_grad()
+def _iterated(
+    targets: Sequence[Target], batches: "Iterable[_Batch]", n_products: int
+) -> list[Term]:
+    """Take some products with each weight and return the last terms, by target."""
+    terms: dict[int, Term] = {}
+    for batch in batches:
+        with _without_autocast(targets[batch.indices[0]].parameter.device.type):
+            for _ in range(n_products):
+                found = batch.step(targets)
+        terms.update(zip(batch.indices, found, strict=True))
+    return [terms[index] for index in range(len(targets))]
+
+
+def _batches(targets: Sequence[Target], vectors: Mapping[str, Vectors]) -> list[_Batch]:
+    """Arrange weights in batches."""
+    members: dict[object, list[int]] = {}
+    for index, (name, parameter, _) in enumerate(targets):
+        k = max(len(part) for part in vectors[name].values())
+        key = parameter.device, _at_least_float32(parameter), k, _next_is_right(vectors[name])
+        members.setdefault(key, []).append(index)
+    return [_Batch(targets, indices, vectors) for indices in members.values()]
+
+
+def _arrangement(targets: Sequence[Target]) -> list[object]:
+    return [(target.name, target.parameter.device, target.parameter.dtype) for target in targets]
+
+
+def _next_is_right(pair: Vectors) -> bool:
+    """Whether the next product is with the right vectors: the side that has more of them."""
+    return len(pair["right"]) > len(pair["left"])
+
+
+def _exact_term(target: Target) -> Term:
+    matrix = target.view.matrix(target.parameter.detach()).double()
+    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return Term(float(sigma[0]), u[:, 0], vh[0])
+
+
+def _at_least_float32(weight: Tensor) -> torch.dtype:
+    """Half precision is too coarse for an iteration that feeds on its own result."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -147,12 +310,28 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _check_vector(name: str, vector: object, length: int) -> None:
-    expected = f"expected for {name!r} a finite non-zero vector of shape ({length},), found"
-    remedy = "load a state dict of this model, or delete its 'snr_hooks' entry"
-    if not isinstance(vector, Tensor):
-        raise ValueError(f"{expected} a {type(vector).__name__}; {remedy}")
-    if vector.shape != (length,):
-        raise ValueError(f"{expected} shape {tuple(vector.shape)}; {remedy}")
-    if not vector.isfinite().all() or not vector.any():
-        raise ValueError(f"{expected} one that is zero or not finite; {remedy}")
+def _checked_vectors(
+    name: str, vectors: object, shape: tuple[int, int], n_vectors: int
+) -> Vectors:
+    """Return a copy of saved vectors, or say what is wrong with them."""
+    m, n = shape
+    k = min(n_vectors, *shape)
+    allowed = [((k // 2, m), (k, n)), ((k, m), (k // 2, n))]
+    expected = (
+        f"expected for {name!r} finite non-zero vectors 'left' and 'right' of shape "
+        f"{allowed[0][0]} and {allowed[0][1]}, or {allowed[1][0]} and {allowed[1][1]}, found"
+    )
+    remedy = (
+        "load a state dict of this model and this n_vectors, or delete its 'snr_hooks' entry"
+    )
+    if not isinstance(vectors, Mapping) or vectors.keys() != {"left", "right"}:
+        raise ValueError(f"{expected} a {type(vectors).__name__}; {remedy}")
+    parts = [vectors["left"], vectors["right"]]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise ValueError(f"{expected} no tensors; {remedy}")
+    shapes = tuple(tuple(part.shape) for part in parts)
+    if shapes not in allowed:
+        raise ValueError(f"{expected} {shapes[0]} and {shapes[1]}; {remedy}")
+    if not all(part.isfinite().all() and part.any(dim=1).all() for part in parts):
+        raise ValueError(f"{expected} some that are zero or not finite; {remedy}")
+    return {side: vectors[side].detach().clone() for side in ("left", "right")}

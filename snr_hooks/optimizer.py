@@ -14,12 +14,13 @@ from snr_hooks.checks import (
     STRENGTH,
     check_values,
     checked_int,
+    checked_products,
     checked_strength,
     nothing_to_regularize,
     saved_vectors,
 )
 from snr_hooks.discovery import Discovery, Selection, Skipped, Target, discover, linear_maps
-from snr_hooks.estimators import Estimator, ExactSVD, PowerIteration
+from snr_hooks.estimators import Estimator, ExactSVD, SubspaceIteration
 from snr_hooks.hooks import GradientHooks
 from snr_hooks.term import SpectralTerm
 
@@ -56,7 +57,10 @@ class SNROptimizer(Optimizer):
             wins, also one that a loaded state dict has brought.
         include: Shell patterns on parameter names, or a predicate; see ``discover``.
         exclude: Likewise; it wins over ``include``.
-        n_power_iterations: Power iterations per weight and step.
+        n_power_iterations: Power iterations per step, a multiple of 0.5. Half an iteration is
+            one product with each weight.
+        n_vectors: Vectors per weight. More are more accurate and take more time and memory; a
+            single one with 0.5 iterations costs hardly more than weight decay.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
             term is scaled with the loss, so that unscaling restores lambda. A deep copy of
@@ -89,7 +93,8 @@ class SNROptimizer(Optimizer):
         *,
         include: Selection = None,
         exclude: Selection = None,
-        n_power_iterations: int = 1,
+        n_power_iterations: float = 0.5,
+        n_vectors: int = 4,
         exact: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
@@ -98,16 +103,18 @@ class SNROptimizer(Optimizer):
         # detach from those of the wrapped optimizer at the first load_state_dict().
         _check_optimizer(optimizer)
         strength = checked_strength(lambda_, "lambda_")
-        n_iterations = checked_int(n_power_iterations, "n_power_iterations", at_least=1)
+        n_products = checked_products(n_power_iterations)
+        n_vectors = checked_int(n_vectors, "n_vectors", at_least=1)
         seed = checked_int(seed, "seed", at_least=0)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(
                 f"expected scaler to be a torch.amp.GradScaler, found {type(scaler).__name__}: "
                 "if it wraps one, as timm's NativeScaler does, pass the inner one"
             )
-        estimator: Estimator = ExactSVD() if exact else PowerIteration(n_iterations, seed)
+        estimator: Estimator = (
+            ExactSVD() if exact else SubspaceIteration(n_products, n_vectors, seed)
+        )
         self.optimizer = optimizer
-        self.targets: tuple[Target, ...] = ()
         self.skipped: tuple[Skipped, ...] = ()
         self._model = model
         self._selection = _reusable(include), _reusable(exclude)
@@ -190,6 +197,11 @@ class SNROptimizer(Optimizer):
             )
         return False
 
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The regularized weights."""
+        return self._term.targets
+
     # --- training ---
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -217,6 +229,7 @@ class SNROptimizer(Optimizer):
 
     def _prepare_next_step(self) -> None:
         self._hooks.rearm()
+        self._term.outdate()
         regrouped = self._term.index_groups()
         unfrozen = any(weight.requires_grad for weight in self._frozen)
         if (regrouped or unfrozen) and not self._removed:
@@ -255,8 +268,10 @@ class SNROptimizer(Optimizer):
         Returns:
             The estimates by parameter name.
         """
+        terms = self._term.estimator.peek(self.targets)
         return {
-            target.name: float(self._term.estimator.peek(target).sigma) for target in self.targets
+            target.name: float(term.sigma)
+            for target, term in zip(self.targets, terms, strict=True)
         }
 
     def remove(self) -> None:
@@ -267,7 +282,7 @@ class SNROptimizer(Optimizer):
         self._hooks.remove()
         self._withdraw_lambda()
         self._removed = True
-        self.targets, self._places, self._frozen = (), [], []
+        self._term.targets, self._places, self._frozen = (), [], []
 
     def _complete_groups(self) -> None:
         """Write the default lambda into groups without one, where users can see it."""
@@ -284,7 +299,7 @@ class SNROptimizer(Optimizer):
         for target in new:
             check_values(target)
         self._hooks.attach(new)
-        self.targets += tuple(new)
+        self._term.targets += tuple(new)
         names = known | {target.name for target in new}
         self.skipped = tuple(skip for skip in found.skipped if skip.name not in names)
         self._locate_targets()
@@ -357,6 +372,7 @@ class SNROptimizer(Optimizer):
             {key: value for key, value in state_dict.items() if key != STATE_KEY}
         )
         self._term.estimator = estimator
+        self._term.outdate()
         for group, strength in zip(self.param_groups, strengths, strict=True):
             if strength is not None:
                 group.setdefault(STRENGTH, strength)
@@ -372,7 +388,6 @@ class SNROptimizer(Optimizer):
         """
         kept = (
             "optimizer",
-            "targets",
             "skipped",
             "_model",
             "_selection",

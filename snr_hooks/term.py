@@ -5,7 +5,7 @@ from torch import Tensor
 
 from snr_hooks.checks import STRENGTH, checked_strength
 from snr_hooks.discovery import Target
-from snr_hooks.estimators import Estimator
+from snr_hooks.estimators import Estimator, Term
 
 
 class SpectralTerm:
@@ -29,7 +29,9 @@ class SpectralTerm:
         self.estimator = estimator
         self.scaler = scaler
         self.default = default
+        self.targets: tuple[Target, ...] = ()
         self._optimizer = optimizer
+        self._terms: dict[str, tuple[int, Term]] = {}
         self._group_of: dict[int, int] = {}
         self.index_groups()
 
@@ -65,17 +67,47 @@ class SpectralTerm:
         strength = self.strength(target.parameter)
         if strength == 0:
             return
-        sigma, u, v = self.estimator.advance(target)
-        target.view.add_outer_(grad, strength * sigma * u * self._scale(grad.device), v)
+        sigma, u, v = self._current(target)
+        if self.scaler is not None:
+            u = u * self._scale(self.scaler, grad.device).to(u.dtype)
+        if isinstance(sigma, Tensor):
+            u, sigma = u * sigma.to(u.dtype), 1.0
+        target.view.add_outer_(grad, u, v, strength * sigma)
 
-    def _scale(self, device: torch.device) -> Tensor | float:
-        if self.scaler is None:
-            return 1.0
-        if self.scaler.is_enabled() and self.scaler._scale is None:
+    def outdate(self) -> None:
+        """Compute the terms anew when one is asked for next."""
+        self._terms.clear()
+
+    def _current(self, target: Target) -> Term:
+        """Return the term of a weight as it is now.
+
+        The first weight of a step to ask has the terms of all computed, because together they
+        cost less than one by one. A weight that was written to since then has them computed
+        again.
+        """
+        known = self._terms.get(target.name)
+        if known is None or known[0] != target.parameter._version:
+            active = [t for t in self.targets if self._is_due(t, asked=target)]
+            terms = self.estimator.advance(active)
+            self._terms = {
+                t.name: (t.parameter._version, term)
+                for t, term in zip(active, terms, strict=True)
+            }
+            known = self._terms[target.name]
+        return known[1]
+
+    def _is_due(self, target: Target, *, asked: Target) -> bool:
+        if target is asked:
+            return True
+        return target.parameter.requires_grad and self.strength(target.parameter) > 0
+
+    @staticmethod
+    def _scale(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
+        if scaler.is_enabled() and scaler._scale is None:
             raise RuntimeError(
                 "expected the loss to be scaled by the scaler that was passed, found a scaler "
                 "that never scaled one: the term would be far too large; call "
                 "scaler.scale(loss).backward(), or wrap without scaler="
             )
         # The public way to read the scale without a host synchronization.
-        return self.scaler.scale(torch.ones((), device=device))
+        return scaler.scale(torch.ones((), device=device))

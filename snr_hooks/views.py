@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from snr_hooks._text import dimensions
+from snr_hooks.products import Product, times, transposed_times
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,81 @@ class MatrixView:
         m = weight.shape[self.out_axis]
         return m, weight.numel() // m
 
-    def matvec(self, weight: Tensor, v: Tensor) -> Tensor:
-        """Return W v, shape ``(..., m)``, for v of shape ``(..., n)``."""
-        return torch.nn.functional.linear(v, self.matrix(weight))
+    def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
+        """Prepare W v for each row of v.
 
-    def rmatvec(self, weight: Tensor, u: Tensor) -> Tensor:
-        """Return W^T u, shape ``(..., n)``, for u of shape ``(..., m)``."""
-        return u @ self.matrix(weight)
+        The function that is returned may be called again and again as long as the tensors are
+        where they are; it reads what they hold by then. A weight that is not in the dtype of
+        the vectors, or whose strides are not those of a matrix, is copied at every call.
 
-    def add_outer_(self, grad: Tensor, u: Tensor, v: Tensor) -> None:
-        """Add u v^T to a gradient in place, whatever its strides and dtype.
+        Args:
+            weight: The weight.
+            v: Vectors of inputs, shape ``(k, n)``.
+            out: A contiguous tensor for the products, shape ``(m, k)``, a column a vector.
+
+        Returns:
+            A function without arguments that writes to ``out``.
+        """
+        matrix, inputs, order = self._in_memory(weight)
+        if weight.dtype != v.dtype or matrix.data_ptr() != weight.data_ptr():
+            return lambda: times(self.matrix(weight).to(v.dtype), v, out)()
+        if order is None:
+            return times(matrix, v, out)
+        reordered = torch.empty_like(v)
+        source = v.unflatten(1, inputs).permute(0, *order)
+        target = reordered.view(source.shape)
+        product = times(matrix, reordered, out)
+
+        def reorder_and_multiply() -> None:
+            target.copy_(source)
+            product()
+
+        return reorder_and_multiply
+
+    def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
+        """Prepare W^T u for each row of u, as ``matvec`` does W v.
+
+        Args:
+            weight: The weight.
+            u: Vectors of outputs, shape ``(k, m)``.
+            out: A tensor for the products, shape ``(k, n)``, a row a vector.
+
+        Returns:
+            A function without arguments that writes to ``out``.
+        """
+        matrix, inputs, order = self._in_memory(weight)
+        if weight.dtype != u.dtype or matrix.data_ptr() != weight.data_ptr():
+            return lambda: transposed_times(self.matrix(weight).to(u.dtype), u, out)()
+        if order is None:
+            return transposed_times(matrix, u, out)
+        unordered = out.new_empty(out.shape)
+        target = out.unflatten(1, inputs).permute(0, *order)
+        source = unordered.view(target.shape)
+        product = transposed_times(matrix, u, unordered)
+
+        def multiply_and_reorder() -> None:
+            product()
+            target.copy_(source)
+
+        return multiply_and_reorder
+
+    def _in_memory(self, weight: Tensor) -> tuple[Tensor, list[int], list[int] | None]:
+        """Return the matrix with its columns in the order in which they lie in memory.
+
+        Under channels_last that avoids a copy of the weight; the vectors are reordered
+        instead. Where no order avoids it, the first value is a copy. The second value is the shape of a vector of inputs, the third the order of
+        its axes, counted from 1, or None where it is the logical one.
+        """
+        outputs_first = weight.movedim(self.out_axis, 0)
+        logical = list(range(1, weight.ndim))
+        order = sorted(logical, key=lambda axis: -outputs_first.stride(axis))
+        if outputs_first.is_contiguous() or order == logical:
+            return outputs_first.flatten(1), [], None
+        matrix = outputs_first.permute(0, *order).flatten(1)
+        return matrix, list(outputs_first.shape[1:]), order
+
+    def add_outer_(self, grad: Tensor, u: Tensor, v: Tensor, scale: float = 1.0) -> None:
+        """Add scale * u v^T to a gradient in place, whatever its strides and dtype.
 
         Broadcasting reaches the gradient itself under any memory format, where
         ``grad.flatten(1).add_()`` would change a copy under channels_last. The product
@@ -66,12 +132,12 @@ class MatrixView:
             grad: A tensor of the weight's shape.
             u: Shape ``(m,)``.
             v: Shape ``(n,)``.
+            scale: A factor.
         """
-        rows = [1] * grad.ndim
-        rows[self.out_axis] = -1
-        columns = list(grad.shape)
-        columns[self.out_axis] = 1
-        grad.addcmul_(u.view(rows), v.view(columns))
+        outputs_first = grad if self.out_axis == 0 else grad.movedim(self.out_axis, 0)
+        _, *inputs = outputs_first.shape
+        rows = u.view(-1, *[1] * len(inputs))
+        outputs_first.addcmul_(rows, v.view(inputs), value=scale)
 
     def describe(self, weight: Tensor) -> str:
         """Return how the matrix is made, e.g. ``64 x 147 matrix, flatten(1)``."""

@@ -62,3 +62,30 @@ def matrix_with(singular_values: Iterable[float], m: int, n: int, seed: int) -> 
     left, _ = torch.linalg.qr(torch.randn(m, len(values), generator=generator, dtype=values.dtype))
     right, _ = torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=values.dtype))
     return (left * values) @ right.T
+
+
+class SlowSubspace:
+    """Locally optimal subspace iteration of one matrix in float64, with QR and SVD throughout.
+
+    Every step spans the images of the last product and the vectors kept from the step before,
+    takes the best unit vector in that span by an SVD, and forgets the rest.
+    """
+
+    def __init__(self, right: Tensor, kept_left: Tensor) -> None:
+        self.span, self.kept = right.double(), kept_left.double()
+        self.on_right = True
+
+    def step(self, matrix: Tensor) -> tuple[float, Tensor, Tensor]:
+        map_ = matrix.double() if self.on_right else matrix.double().T
+        k = len(self.span)
+        # Without it, QR invents directions that nothing determines.
+        self.independent = bool(torch.linalg.svdvals(self.span / self.span.norm(dim=1)[:, None])[-1] > 0.05)
+        basis, _ = torch.linalg.qr(self.span.T)
+        images, sigmas, rotation = torch.linalg.svd(map_ @ basis, full_matrices=False)
+        best = (basis @ rotation.T).T
+        images = images.T
+        new_span = torch.cat([images[: k - k // 2], self.kept])
+        self.span, self.kept = new_span, best[: k // 2]
+        pair = (images[0], best[0]) if self.on_right else (best[0], images[0])
+        self.on_right = not self.on_right
+        return float(sigmas[0]), *pair

@@ -13,10 +13,11 @@ import snr_hooks
 PACKAGE = Path(snr_hooks.__file__).parent
 ALLOWED = {
     "_text": set(),
-    "power_iteration": set(),
-    "views": {"_text"},
+    "products": set(),
+    "subspace": {"products"},
+    "views": {"_text", "products"},
     "discovery": {"_text", "views"},
-    "estimators": {"discovery", "power_iteration"},
+    "estimators": {"discovery", "products", "subspace"},
     "hooks": {"discovery"},
     "checks": {"discovery"},
     "term": {"checks", "discovery", "estimators"},

@@ -54,12 +54,23 @@ def test_bad_lambda_set_between_steps_is_refused_in_backward():
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(0, ValueError), (-3, ValueError), (1.5, TypeError), (True, TypeError)]
+    ("value", "error"),
+    [
+        *((0, ValueError), (-3, ValueError), (0.25, ValueError), (math.nan, ValueError)),
+        *((math.inf, ValueError), ("1", TypeError), (True, TypeError)),
+    ],
 )
 def test_bad_number_of_power_iterations(value, error):
     model = build("mlp")
-    with pytest.raises(error, match="expected n_power_iterations to be"):
+    with pytest.raises(error, match="expected n_power_iterations to be a"):
         SNROptimizer(sgd(model), model, n_power_iterations=value)
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_bad_number_of_vectors(value, error):
+    model = build("mlp")
+    with pytest.raises(error, match="expected n_vectors to be"):
+        SNROptimizer(sgd(model), model, n_vectors=value)
 
 
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("0", TypeError)])
@@ -242,28 +253,39 @@ def test_a_parameter_that_was_replaced_stops_the_step(replace):
 # --- state dicts ---
 
 
+def good_pair():
+    return {"left": torch.eye(8)[:2], "right": torch.eye(6)[:4]}
+
+
 @pytest.mark.parametrize(
-    ("vector", "message"),
+    ("vectors", "message"),
     [
-        (torch.ones(5), r"shape \(6,\), found shape \(5,\)"),
-        (torch.ones(6, 1), r"found shape \(6, 1\)"),
-        (torch.zeros(6), "zero or not finite"),
-        (torch.full((6,), math.nan), "zero or not finite"),
-        ([1.0] * 6, "found a list"),
+        (torch.ones(6), r"\(2, 8\) and \(4, 6\), or \(4, 8\) and \(2, 6\), found a Tensor"),
+        (good_pair() | {"right": torch.ones(4, 5)}, r"found \(2, 8\) and \(4, 5\)"),
+        (good_pair() | {"right": torch.ones(8, 6)}, r"found \(2, 8\) and \(8, 6\)"),
+        (good_pair() | {"left": torch.ones(4, 8)}, r"found \(4, 8\) and \(4, 6\)"),
+        (good_pair() | {"left": torch.zeros(2, 8)}, "zero or not finite"),
+        (good_pair() | {"right": torch.full((4, 6), math.nan)}, "zero or not finite"),
+        (good_pair() | {"right": [[1.0] * 6] * 4}, "found no tensors"),
+        ({"right": torch.eye(6)[:4]}, "found a dict"),
     ],
 )
-def test_a_state_dict_with_bad_vectors_changes_nothing(vector, message):
+def test_a_state_dict_with_bad_vectors_changes_nothing(vectors, message):
     _, opt = trained()
     before = copy.deepcopy(opt.state_dict())
     state = copy.deepcopy(before)
-    state["snr_hooks"]["vectors"]["body.0.weight"] = vector
+    state["snr_hooks"]["vectors"]["body.0.weight"] = vectors
     state["param_groups"][0]["lr"] = 77.0
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     assert opt.param_groups[0]["lr"] == 0.1
-    after = opt.state_dict()["snr_hooks"]["vectors"]
-    for name, v in before["snr_hooks"]["vectors"].items():
-        assert torch.equal(after[name], v)
+    assert_same_vectors(opt.state_dict(), before)
+
+
+def assert_same_vectors(state, expected):
+    for name, pair in expected["snr_hooks"]["vectors"].items():
+        for side in ("left", "right"):
+            assert torch.equal(state["snr_hooks"]["vectors"][name][side], pair[side])
 
 
 @pytest.mark.parametrize("entry", [None, [], {"v": {}}, {"vectors": []}])
@@ -284,14 +306,13 @@ def test_a_state_dict_with_a_bad_lambda_changes_nothing():
 
 def test_a_state_dict_that_the_wrapped_optimizer_refuses_changes_nothing():
     _, opt = trained()
-    vectors = opt.state_dict()["snr_hooks"]["vectors"]
-    state = copy.deepcopy(opt.state_dict())
-    state["snr_hooks"]["vectors"]["body.0.weight"] *= -1
+    before = opt.state_dict()
+    state = copy.deepcopy(before)
+    state["snr_hooks"]["vectors"]["body.0.weight"]["right"] *= -1
     state["param_groups"] *= 2
     with pytest.raises(ValueError, match="different number of parameter groups"):
         opt.load_state_dict(state)
-    for name, v in opt.state_dict()["snr_hooks"]["vectors"].items():
-        assert torch.equal(v, vectors[name])
+    assert_same_vectors(opt.state_dict(), before)
 
 
 def test_add_param_group_with_a_bad_lambda_adds_nothing():

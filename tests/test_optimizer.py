@@ -170,11 +170,11 @@ def test_the_seed_decides_the_starting_vectors():
 
 def test_repr_tells_what_is_regularized_and_how():
     model = build("with_frozen")
-    text = repr(wrap(model, n_power_iterations=2))
+    text = repr(wrap(model, n_power_iterations=2, n_vectors=3))
     for part in (
         "1 weights regularized, 1 skipped",
         "snr_lambda: 0.05",
-        "2 power iterations a step",
+        "subspace iteration, 4 products with 3 vectors a step",
     ):
         assert part in text
     assert "momentum: 0.9" in text
@@ -283,7 +283,8 @@ def test_seed_and_iterations_survive_loading_and_unseen_weights_start_from_the_s
     opt = wrap(model, **options)
     train(model, opt, 2)
     state = copy.deepcopy(opt.state_dict())
-    assert "unused.weight" not in state["snr_hooks"]["vectors"]
+    del state["snr_hooks"]["vectors"]["unused.weight"]  # as if it had been frozen all along
+    opt.load_state_dict(copy.deepcopy(state))
     resumed = copy.deepcopy(model)
     again = wrap(resumed, **options)
     again.load_state_dict(state)
@@ -327,11 +328,13 @@ def test_the_state_dict_is_a_snapshot_of_the_vectors():
     opt = wrap(model)
     train(model, opt, 1)
     vectors = opt.state_dict()["snr_hooks"]["vectors"]
-    before = {name: v.clone() for name, v in vectors.items()}
+    before = copy.deepcopy(vectors)
     train(model, opt, 3)
-    for name, v in vectors.items():
-        assert torch.equal(v, before[name])
-        assert not torch.equal(v, opt.state_dict()["snr_hooks"]["vectors"][name])
+    after = opt.state_dict()["snr_hooks"]["vectors"]
+    for name, pair in vectors.items():
+        for side, part in pair.items():
+            assert torch.equal(part, before[name][side])
+            assert not torch.equal(part, after[name][side])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -342,7 +345,7 @@ def test_vectors_of_half_precision_weights_are_float32_through_a_checkpoint(dtyp
     opt.load_state_dict(opt.state_dict())
     train(model, opt, 1)
     vectors = opt.state_dict()["snr_hooks"]["vectors"]
-    assert {v.dtype for v in vectors.values()} == {torch.float32}
+    assert {v.dtype for pair in vectors.values() for v in pair.values()} == {torch.float32}
     assert all(p.dtype == p.grad.dtype == dtype for p in model.parameters())
 
 

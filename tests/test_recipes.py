@@ -415,7 +415,7 @@ def damaged(content, damage):
     elif damage == "weights of another shape":
         checkpoint["state_dict"]["fc.bias"] = torch.ones(3)
     elif damage == "nan vector":
-        checkpoint["optimizer"]["snr_hooks"]["vectors"]["fc.weight"].fill_(torch.nan)
+        checkpoint["optimizer"]["snr_hooks"]["vectors"]["fc.weight"]["left"].fill_(torch.nan)
     else:
         del checkpoint[damage]
     file = io.BytesIO()

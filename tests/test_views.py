@@ -32,20 +32,63 @@ def test_products_and_term_equal_those_of_the_materialized_matrix(out_axis, weig
     v = torch.randn(n, generator=generator, dtype=torch.float64)
     assert view.shape(weight) == (m, n)
     torch.testing.assert_close(view.matrix(weight), matrix)
-    torch.testing.assert_close(view.matvec(weight, v), matrix @ v)
-    torch.testing.assert_close(view.rmatvec(weight, u), matrix.T @ u)
     grad, strides = weight.clone(), weight.clone().stride()
-    view.add_outer_(grad, u, v)
-    expected = weight + from_matrix(torch.outer(u, v), weight, transposed=out_axis == 1)
+    view.add_outer_(grad, u, v, 2.0)
+    expected = weight + 2 * from_matrix(torch.outer(u, v), weight, transposed=out_axis == 1)
     torch.testing.assert_close(grad, expected)
     assert grad.stride() == strides
 
 
-def test_products_take_vectors_in_rows():
-    weight, vectors = torch.randn(3, 4, 2), torch.randn(5, 8)
-    products = MatrixView().matvec(weight, vectors)
-    torch.testing.assert_close(products, vectors @ weight.flatten(1).T)
-    torch.testing.assert_close(MatrixView().rmatvec(weight, products), products @ weight.flatten(1))
+@st.composite
+def large_weights(draw):
+    """Also weights that are cut into pieces, and sizes that pieces do not fit."""
+    shape = draw(
+        st.one_of(
+            shapes,
+            st.tuples(st.sampled_from([64, 65, 120]), st.sampled_from([300, 301, 1600])),
+            st.tuples(st.sampled_from([32, 34]), st.sampled_from([64, 65]), st.just(3), st.just(3)),
+        )
+    )
+    channels_last = len(shape) == 4 and draw(st.booleans())
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    format_ = torch.channels_last if channels_last else torch.contiguous_format
+    return weight.double().contiguous(memory_format=format_)
+
+
+@pytest.mark.parametrize("out_axis", [0, 1])
+@given(weight=st.one_of(weights(), large_weights()), k=st.sampled_from([1, 2, 3, 4, 8]))
+def test_prepared_products_equal_those_of_the_materialized_matrix(out_axis, weight, k):
+    view = MatrixView(out_axis)
+    m, n = view.shape(weight)
+    v, u = torch.randn(k, n, dtype=torch.float64), torch.randn(k, m, dtype=torch.float64)
+    # Rows of a wider tensor, as they are where lengths differ.
+    out = torch.full((k, n + 3), torch.nan, dtype=torch.float64)[:, :n]
+    columns = torch.full((m, k), torch.nan, dtype=torch.float64)
+    product, transposed = view.matvec(weight, v, columns), view.rmatvec(weight, u, out)
+    for _ in range(2):
+        matrix = as_matrix(weight, transposed=out_axis == 1)
+        product()
+        transposed()
+        torch.testing.assert_close(columns.T, v @ matrix.T)
+        torch.testing.assert_close(out, u @ matrix)
+        for tensor in (weight, v, u):  # prepared once, computed from what is there now
+            tensor.mul_(-0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_half_precision_weights_are_taken_in_the_dtype_of_the_vectors(dtype):
+    weight, v, u = torch.randn(40, 60).to(dtype), torch.randn(2, 60), torch.randn(2, 40)
+    out, back = torch.empty(40, 2), torch.empty(2, 60)
+    MatrixView().matvec(weight, v, out)()
+    MatrixView().rmatvec(weight, u, back)()
+    torch.testing.assert_close(out.T, v @ weight.float().T)
+    torch.testing.assert_close(back, u @ weight.float())
+
+
+def test_a_channels_last_weight_is_not_copied():
+    weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=torch.channels_last)
+    matrix, _, _ = MatrixView()._in_memory(weight)
+    assert matrix.data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

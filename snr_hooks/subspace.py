@@ -1,0 +1,332 @@
+"""Locally optimal subspace iteration, one product with each matrix a step.
+
+Power iteration as it is usually written multiplies by W and by W^T in every step and keeps
+one vector. Both products are not needed: for any unit v, W v v^T is the exact gradient of
+|W v|^2 / 2, and for any unit u, u u^T W that of |W^T u|^2 / 2; both values are lower bounds
+of sigma_1^2 / 2 and equal it at the singular vectors. So the steps alternate between the
+sides and read W once. And a product with a few vectors costs little more than with one, so a
+few are kept, and each step picks the best unit vector in their span (Rayleigh-Ritz).
+
+What the few are makes the difference. One half are the images, under the product just
+taken, of the best vectors of the other side: that is subspace iteration. The other half
+are the best vectors of this side from two steps ago. The span of both holds the line along
+which the singular vectors move while W is trained, and the conjugate direction that makes
+LOBPCG (A. Knyazev, SIAM J. Sci. Comput. 23, 2001) faster than the power method.
+
+The module knows no layers. Vectors of many matrices are stacked where they are equally long,
+and the small matrices of the Rayleigh-Ritz step are worked on for all weights at once: the
+number of kernels a step depends on the number of different shapes, not of weights. Nothing
+waits for the device.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_WHITENING = 1e-6
+"""Added to the diagonal of Gram matrices. Directions in which the vectors differ by less
+than its square root would be rounding noise blown up; they count for less, smoothly."""
+
+
+class Rows:
+    """The vectors of L weights on one side, in a few tensors that stay where they are.
+
+    Vectors of about equal length share a tensor. The shorter ones are padded with zeros, which
+    change no inner product; lengths in one tensor differ by less than a factor of two, so that
+    there are few tensors and little padding.
+
+    Args:
+        vectors: Shape ``(k, length)`` for each weight, k the same for all.
+    """
+
+    def __init__(self, vectors: Sequence[Tensor]) -> None:
+        groups: dict[int, list[int]] = {}
+        for weight, vector in enumerate(vectors):
+            groups.setdefault((vector.shape[1] - 1).bit_length(), []).append(weight)
+        order = [weight for members in groups.values() for weight in members]
+        self.lengths = [[vectors[weight].shape[1] for weight in m] for m in groups.values()]
+        self.places = sorted(range(len(order)), key=order.__getitem__)
+        self.order = torch.tensor(order, device=vectors[0].device)
+        self.inverse = torch.tensor(self.places, device=vectors[0].device)
+        k = len(vectors[0])
+        self.tensors = [
+            vectors[0].new_zeros(len(lengths), k, max(lengths)) for lengths in self.lengths
+        ]
+        self.each = self._parts(self.tensors)
+        """The vectors of each weight: views, in the order of the weights."""
+        for part, vector in zip(self.each, vectors, strict=True):
+            part.copy_(vector)
+
+    def room(self, *, columns: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Make room for as many other vectors: tensors laid out like these, and their parts.
+
+        With ``columns`` the part of a weight has shape ``(length, k)`` and is contiguous.
+        """
+        if not columns:
+            tensors = [torch.zeros_like(tensor) for tensor in self.tensors]
+            return tensors, self._parts(tensors)
+        transposed = [torch.zeros_like(tensor.mT.contiguous()) for tensor in self.tensors]
+        return [tensor.mT for tensor in transposed], self._parts(transposed, columns=True)
+
+    def _parts(self, tensors: Sequence[Tensor], *, columns: bool = False) -> list[Tensor]:
+        """Take tensors that are laid out like these apart; return one view a weight."""
+        parts = []
+        for tensor, lengths in zip(tensors, self.lengths, strict=True):
+            padded = max(lengths)
+            for part, length in zip(tensor.unbind(), lengths, strict=True):
+                if length < padded:
+                    part = part[:length] if columns else part[..., :length]
+                parts.append(part)
+        return [parts[place] for place in self.places]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Split values, one a weight along dimension 0, into one tensor for each of these."""
+        return values[self.order].split([len(lengths) for lengths in self.lengths])
+
+    def gram(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the inner products of each weight's vectors, float64, ``(L, k, k)``."""
+        doubles = [tensor.double() for tensor in tensors]
+        return torch.cat([double @ double.mT for double in doubles])[self.inverse]
+
+    def combine(
+        self, factors: Tensor, vectors: Sequence[Tensor], out: Sequence[Tensor]
+    ) -> None:
+        """Write linear combinations of the k vectors of each weight.
+
+        Args:
+            factors: Shape ``(L, h, k)``.
+            vectors: Laid out like these.
+            out: Tensors like these with h vectors a weight; may be a part of these.
+        """
+        parts = self.split(factors.to(vectors[0].dtype))
+        for part, tensor, target in zip(parts, vectors, out, strict=True):
+            target.copy_(torch.bmm(part, tensor))
+
+    def fill(self, unknown: Tensor) -> None:
+        """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""
+        if unknown.is_cpu and not unknown.any():
+            return
+        h = unknown.shape[1]
+        parts = zip(self.tensors, self.split(unknown), self.lengths, strict=True)
+        for tensor, part, lengths in parts:
+            n = torch.tensor(lengths, device=tensor.device)[:, None, None]
+            inside = torch.arange(tensor.shape[2], device=tensor.device) < n
+            fixed = signs(h, tensor.shape[2]).to(tensor) * inside * n.rsqrt()
+            tensor[:, :h] = torch.where(part[..., None], fixed, tensor[:, :h])
+
+
+class Ritz(NamedTuple):
+    """What a Rayleigh-Ritz step found for each of L matrices, as factors of k vectors.
+
+    Attributes:
+        sigma: Shape ``(L,)``, float64: the largest |W x| over unit x in the span.
+        best: Shape ``(L, h, k)``: rows that combine the vectors into the unit vectors x at
+            which |W x| is largest, the best first.
+        images: Shape ``(L, h, k)``: rows that combine the products W x into unit vectors.
+        informative: Shape ``(L, h)``: where ``images`` can be used. False for a matrix that
+            is zero or not finite, and in directions that it annihilates.
+    """
+
+    sigma: Tensor
+    best: Tensor
+    images: Tensor
+    informative: Tensor
+
+
+def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int) -> Ritz:
+    """Find the best vectors in the span of k vectors from their Gram matrices alone.
+
+    Args:
+        gram: Inner products of the vectors, shape ``(L, k, k)``, float64.
+        image_gram: Inner products of their images, likewise.
+        n_best: How many to find, h.
+
+    Returns:
+        The factors, in float64.
+    """
+    k = gram.shape[-1]
+    scale = image_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    sound = (scale > 0) & (scale < math.inf)  # not if a NaN is in it either
+    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    if k == 1:
+        best = gram.rsqrt()
+        values = image_gram[..., 0] / gram[..., 0]
+    else:
+        cholesky, _ = torch.linalg.cholesky_ex(gram + _WHITENING * identity)
+        whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+        shares = torch.where(sound, scale, 1).reciprocal()[:, None, None] * image_gram
+        shares = torch.where(sound[:, None, None], shares, identity)
+        _, vectors = symmetric_eigen(whitening @ shares @ whitening.mT)
+        best = vectors[..., -n_best:].flip(-1).mT @ whitening
+        best = best * (best @ gram * best).sum(-1, keepdim=True).rsqrt()
+        values = (best @ image_gram * best).sum(-1)
+    sigma = values.sqrt()
+    informative = sound[:, None] & (values > 1e-12 * scale[:, None])
+    images = best / torch.where(informative, sigma, 1)[..., None]
+    return Ritz(sigma[:, 0], best, images, informative)
+
+
+def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors, in columns, of small matrices.
+
+    ``torch.linalg.eigh`` waits for a GPU to check that it converged. Elsewhere than on the
+    CPU this is Jacobi's method instead, which needs no check.
+    """
+    if matrices.device.type == "cpu":
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors
+    return jacobi(matrices)
+
+
+def jacobi(matrices: Tensor, sweeps: int = 6) -> tuple[Tensor, Tensor]:
+    """Diagonalize symmetric matrices by rotations in disjoint planes, without branches.
+
+    Args:
+        matrices: Shape ``(L, k, k)``.
+        sweeps: Rounds over all planes; the error is squared in each, so that six are enough
+            for any k of interest.
+
+    Returns:
+        Eigenvalues in ascending order, shape ``(L, k)``, and eigenvectors in columns.
+    """
+    k = matrices.shape[-1]
+    vectors = torch.eye(k, dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+    for _ in range(sweeps):
+        for p, q in _rounds(k, matrices.device):
+            difference = matrices[:, q, q] - matrices[:, p, p]
+            angle = torch.atan2(2 * matrices[:, p, q], difference) / 2
+            # The smaller of the two rotations that make the pair diagonal.
+            angle = angle - torch.round(angle / (math.pi / 2)) * (math.pi / 2)
+            rotation = torch.eye(k, dtype=matrices.dtype, device=matrices.device)
+            rotation = rotation.repeat(len(matrices), 1, 1)
+            rotation[:, p, p] = rotation[:, q, q] = angle.cos()
+            rotation[:, p, q] = angle.sin()
+            rotation[:, q, p] = -angle.sin()
+            matrices = rotation.mT @ matrices @ rotation
+            vectors = vectors @ rotation
+    values, order = matrices.diagonal(dim1=-2, dim2=-1).sort()
+    return values, vectors.gather(-1, order[:, None].expand_as(vectors))
+
+
+@cache
+def _rounds(k: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return the rounds of a tournament of k: every pair once, disjoint in each round."""
+    players = list(range(k + k % 2))
+    rounds = []
+    half = len(players) // 2
+    for _ in range(len(players) - 1):
+        pairs = zip(players[:half], reversed(players[half:]), strict=True)
+        planes = [sorted(pair) for pair in pairs if max(pair) < k]
+        p, q = torch.tensor(planes, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+        rounds.append((p, q))
+        players = [players[0], players[-1], *players[1:-1]]
+    return rounds
+
+
+class Subspaces:
+    """The vectors of L weights with equal numbers of vectors, k.
+
+    On the side that is multiplied next, a weight's vectors are images of the last product,
+    then k // 2 vectors kept from the step before. On the other side the first k - k // 2 wait
+    to be replaced by images of the next product, and the others are kept already.
+
+    Args:
+        right: Right vectors of each weight, shape ``(k, n)``.
+        left: Left vectors of each weight, shape ``(k, m)``.
+        next_is_right: Whether the next product is W V; it is W^T U otherwise.
+    """
+
+    def __init__(
+        self, right: Sequence[Tensor], left: Sequence[Tensor], *, next_is_right: bool
+    ) -> None:
+        self.right = Rows(right)
+        self.left = Rows(left)
+        self.next_is_right = next_is_right
+        self.sigma = torch.empty(0)
+        """From the last step, shape ``(L,)``, float64: lower bounds of sigma_1."""
+        k = len(right[0])
+        n_images = k - k // 2
+        self._images = {
+            True: [tensor[:, :n_images] for tensor in self.right.tensors],
+            False: [tensor[:, :n_images] for tensor in self.left.tensors],
+        }
+        self._kept = {
+            True: [tensor[:, n_images:] for tensor in self.right.tensors],
+            False: [tensor[:, n_images:] for tensor in self.left.tensors],
+        }
+        # Products with right vectors are left vectors, and the other way round.
+        self._products = {
+            True: self.left.room(columns=True),
+            False: self.right.room(columns=False),
+        }
+        best = n_images if k > 1 else 0  # a single vector is the best there is
+        self._pairs = {
+            True: ([u[0] for u in self.left.each], [v[best] for v in self.right.each]),
+            False: ([u[best] for u in self.left.each], [v[0] for v in self.right.each]),
+        }
+
+    def to_multiply(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the next vectors of each weight, and where their products are expected.
+
+        Right vectors have shape ``(k, n)``, their products ``(m, k)``; left vectors ``(k, m)``,
+        their products ``(k, n)``. The tensors are the same at every step on the same side.
+        """
+        here = self.right if self.next_is_right else self.left
+        return here.each, self._products[self.next_is_right][1]
+
+    def step(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Find the best unit vector of this side, once the products have been computed.
+
+        Returns:
+            For each weight u, shape ``(m,)``, and v, shape ``(n,)``: views that hold the
+            vectors until the next step. sigma u v^T is W v v^T or u u^T W, the gradient
+            of half the squared bound.
+        """
+        right = self.next_is_right
+        here, there = (self.right, self.left) if right else (self.left, self.right)
+        k = here.tensors[0].shape[1]
+        images, _ = self._products[right]
+        image_gram = there.gram(images)
+        gram = here.gram(here.tensors) if k > 1 else torch.ones_like(image_gram)
+        ritz = rayleigh_ritz(gram, image_gram, k - k // 2)
+        if k > 1:
+            here.combine(ritz.best[:, : k // 2], here.tensors, self._kept[right])
+        there.combine(ritz.images, images, self._images[not right])
+        there.fill(~ritz.informative)
+        self.sigma = ritz.sigma
+        self.next_is_right = not right
+        return self._pairs[right]
+
+
+@cache
+def signs(k: int, n: int) -> Tensor:
+    """Return k rows of n signs without a pattern that a weight is likely to annihilate."""
+    multiples = torch.arange(1, k + 1)[:, None] * torch.arange(1, n + 1) * (math.sqrt(5) - 1) / 2
+    return torch.where(multiples.frac() < 0.5, 1.0, -1.0)
+
+
+def starting_vectors(k: int, n: int, seed: int, name: str) -> Tensor:
+    """Draw orthonormal vectors from which the iteration for one weight starts.
+
+    They depend on the arguments alone: not on the global random stream (which is not
+    touched), the device, or the other weights, so that every process of a distributed
+    run, and a resumed run, starts from the same vectors.
+
+    Args:
+        k: How many, at most n.
+        n: Length of a vector.
+        seed: The user's seed.
+        name: Name of the parameter, so that equal shapes get different vectors.
+
+    Returns:
+        Rows in float64 on the CPU, shape ``(k, n)``.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+    orthonormal, _ = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))
+    return orthonormal.mT.contiguous()
