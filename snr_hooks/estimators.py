@@ -15,6 +15,7 @@ from torch import Tensor
 from snr_hooks.discovery import Target
 from snr_hooks.products import Product
 from snr_hooks.subspace import Subspaces, starting_vectors
+from snr_hooks.views import Adder
 
 WARM_UP = 15
 """Power iterations the first time a weight is needed, when its vectors are still random."""
@@ -28,13 +29,11 @@ class Term(NamedTuple):
 
     Attributes:
         sigma: A number, or on an accelerator, where reading it would wait, a scalar tensor.
-        u: Shape ``(m,)``. A view that holds u until the next terms are computed.
-        v: Shape ``(n,)``, likewise.
+        add: Adds a multiple of u v^T to a gradient; until the next terms are computed.
     """
 
     sigma: float | Tensor
-    u: Tensor
-    v: Tensor
+    add: Adder
 
 
 class Estimator(Protocol):
@@ -82,20 +81,20 @@ class SubspaceIteration:
         # By name, but fresher in the batches for the weights that are in one.
         self._vectors = dict(vectors or {})
         self._batches: list[_Batch] = []
-        self._arrangement: list[object] = []
+        self._arrangement: list[tuple[str, int]] = []
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the next terms, and keep the vectors for the ones after."""
-        arrangement = _arrangement(targets)
-        if arrangement != self._arrangement:
+        arrangement = [(target.name, target.parameter.data_ptr()) for target in targets]
+        if arrangement != self._arrangement:  # other weights, or weights that were moved
             self._vectors = self._by_name(targets)
             self._batches = _batches(targets, self._vectors)
             self._arrangement = arrangement
-        return _iterated(targets, self._batches, self.n_products)
+        return _iterated(self._batches, self.n_products)
 
     def peek(self, targets: Sequence[Target]) -> list[Term]:
         """Return the terms that ``advance`` would return, and change nothing."""
-        return _iterated(targets, _batches(targets, self._by_name(targets)), self.n_products)
+        return _iterated(_batches(targets, self._by_name(targets)), self.n_products)
 
     def __getstate__(self) -> dict[str, object]:
         """Return what copies and pickles hold: no batches, whose views would be torn apart."""
@@ -155,7 +154,7 @@ class SubspaceIteration:
             # All weights should be on the same side at a time: fewer, larger batches.
             others_on_left = any(not _next_is_right(pair) for pair in vectors.values())
             batches = _batches(fresh, {target.name: self._start(target) for target in fresh})
-            _iterated(fresh, batches, 2 * WARM_UP + others_on_left)
+            _iterated(batches, 2 * WARM_UP + others_on_left)
             vectors |= {name: pair for batch in batches for name, pair in batch.vectors().items()}
         return {
             name: {side: part.clone() for side, part in pair.items()}
@@ -197,6 +196,8 @@ class ExactSVD:
 class _Batch:
     """Weights that are iterated together: on one device, in one dtype, on the same side.
 
+    All views that a step needs are made here, once.
+
     Args:
         targets: All targets.
         indices: Which of them are in the batch.
@@ -207,29 +208,48 @@ class _Batch:
         self, targets: Sequence[Target], indices: list[int], vectors: Mapping[str, Vectors]
     ) -> None:
         self.indices = indices
-        self._names = [targets[index].name for index in indices]
+        self.device = targets[indices[0]].parameter.device
+        members = [targets[index] for index in indices]
+        self._names = [target.name for target in members]
         pairs = [vectors[name] for name in self._names]
         right = _next_is_right(pairs[0])
-        first = targets[indices[0]].parameter
+        dtype = _at_least_float32(members[0].parameter)
         k = len(pairs[0]["right" if right else "left"])
 
         def rows(side: str) -> list[Tensor]:
             """The vectors, after empty rows that images will take."""
-            vectors = [pair[side].to(first.device, _at_least_float32(first)) for pair in pairs]
+            vectors = [pair[side].to(self.device, dtype) for pair in pairs]
             return [torch.cat([v.new_zeros(k - len(v), v.shape[1]), v]) for v in vectors]
 
         self._subspaces = Subspaces(rows("right"), rows("left"), next_is_right=right)
         self._n_kept = k // 2
-        self._products: dict[bool, tuple[list[int], list[Product]]] = {}
+        self._products = {True: self._prepared(members, right=True)}
+        self._products[False] = self._prepared(members, right=False)
+        self._adders = {
+            side: [
+                view.adder(parameter, u, v)
+                for (_, parameter, view), u, v in zip(
+                    members, *self._subspaces.pairs[side], strict=True
+                )
+            ]
+            for side in (True, False)
+        }
 
-    def step(self, targets: Sequence[Target]) -> Iterator[Term]:
+    def _prepared(self, members: list[Target], *, right: bool) -> list[Product]:
+        """Prepare the products on one side."""
+        rows, outs = self._subspaces.multiplied(right=right)
+        return [
+            (view.matvec if right else view.rmatvec)(parameter.detach(), vectors, out)
+            for (_, parameter, view), vectors, out in zip(members, rows, outs, strict=True)
+        ]
+
+    def step(self) -> Iterator[Term]:
         """Take one product with each weight."""
-        members = [targets[index] for index in self.indices]
-        for product in self._prepared(members):
+        right = self._subspaces.next_is_right
+        for product in self._products[right]:
             product()
-        us, vs = self._subspaces.step()
-        sigma = self._subspaces.sigma
-        return map(Term, sigma.tolist() if sigma.is_cpu else sigma.unbind(), us, vs)
+        sigma = self._subspaces.step()
+        return map(Term, sigma.tolist() if sigma.is_cpu else sigma.unbind(), self._adders[right])
 
     def vectors(self) -> dict[str, Vectors]:
         """Return the vectors by name, as views."""
@@ -244,33 +264,17 @@ class _Batch:
             for name, u, v in zip(self._names, left, right, strict=True)
         }
 
-    def _prepared(self, members: list[Target]) -> list[Product]:
-        """Return the products, prepared anew if a weight was moved since the last time."""
-        right = self._subspaces.next_is_right
-        places = [target.parameter.data_ptr() for target in members]
-        known, products = self._products.get(right, ([], []))
-        if known != places:
-            rows, outs = self._subspaces.to_multiply()
-            products = [
-                (view.matvec if right else view.rmatvec)(parameter.detach(), vectors, out)
-                for (_, parameter, view), vectors, out in zip(members, rows, outs, strict=True)
-            ]
-            self._products[right] = places, products
-        return products
-
 
 @torch.no_grad()
-def _iterated(
-    targets: Sequence[Target], batches: "Iterable[_Batch]", n_products: int
-) -> list[Term]:
+def _iterated(batches: "Iterable[_Batch]", n_products: int) -> list[Term]:
     """Take some products with each weight and return the last terms, by target."""
     terms: dict[int, Term] = {}
     for batch in batches:
-        with _without_autocast(targets[batch.indices[0]].parameter.device.type):
+        with _without_autocast(batch.device.type):
             for _ in range(n_products):
-                found = batch.step(targets)
+                found = batch.step()
         terms.update(zip(batch.indices, found, strict=True))
-    return [terms[index] for index in range(len(targets))]
+    return [terms[index] for index in range(len(terms))]
 
 
 def _batches(targets: Sequence[Target], vectors: Mapping[str, Vectors]) -> list[_Batch]:
@@ -283,10 +287,6 @@ def _batches(targets: Sequence[Target], vectors: Mapping[str, Vectors]) -> list[
     return [_Batch(targets, indices, vectors) for indices in members.values()]
 
 
-def _arrangement(targets: Sequence[Target]) -> list[object]:
-    return [(target.name, target.parameter.device, target.parameter.dtype) for target in targets]
-
-
 def _next_is_right(pair: Vectors) -> bool:
     """Whether the next product is with the right vectors: the side that has more of them."""
     return len(pair["right"]) > len(pair["left"])
@@ -295,7 +295,7 @@ def _next_is_right(pair: Vectors) -> bool:
 def _exact_term(target: Target) -> Term:
     matrix = target.view.matrix(target.parameter.detach()).double()
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Term(float(sigma[0]), u[:, 0], vh[0])
+    return Term(float(sigma[0]), target.view.adder(target.parameter, u[:, 0].contiguous(), vh[0]))
 
 
 def _at_least_float32(weight: Tensor) -> torch.dtype:

@@ -63,9 +63,13 @@ class GradientHooks:
                 )
         self._weights += [_HookedWeight(target, self._add_term) for target in targets]
 
+    def silent(self) -> list[str]:
+        """Return the names of weights of which no term was added since ``rearm()``."""
+        return [weight.name for weight in self._weights if weight.pending]
+
     def lost(self) -> list[str]:
-        """Return the names of weights whose hooks were moved away, as swap_tensors does."""
-        return [weight.name for weight in self._weights if not weight.is_hooked()]
+        """Return those of them whose hooks were moved away, as swap_tensors does."""
+        return [weight.name for weight in self._weights if weight.pending and not weight.is_hooked()]
 
     def rearm(self) -> None:
         """Make every weight pending: a step was taken, or all gradients were reset."""
@@ -148,7 +152,10 @@ class _HookedWeight:
                 stacklevel=2,
             )
             return
-        with torch.no_grad():  # create_graph=True leaves grad mode on
+        if torch.is_grad_enabled():  # create_graph=True leaves it on
+            with torch.no_grad():
+                self._add_term(self._target, grad)
+        else:
             self._add_term(self._target, grad)
         self.pending = False
 

@@ -142,8 +142,8 @@ class SNROptimizer(Optimizer):
             self, _withdraw_lambda, self.optimizer, self._groups_given_lambda
         )
         self._withdraw_lambda.atexit = False
-        # (the dict that holds it, key, what it must hold, for which target)
-        self._places: list[tuple[Mapping[str, Any], str, Any, str]] = []
+        # For each target, from the model down to it: (a dict, key, what it must hold there).
+        self._places: dict[str, list[tuple[Mapping[str, Any], str, Any]]] = {}
         self._frozen: list[nn.Parameter] = []
 
     # --- the wrapped optimizer, live ---
@@ -236,10 +236,14 @@ class SNROptimizer(Optimizer):
             self._adopt_targets()
 
     def _check_parameters(self) -> None:
-        """Refuse to go on with a parameter that the model does not use any more."""
-        for held_in, key, expected, name in self._places:
-            if held_in.get(key) is not expected:
-                raise _replaced(name)
+        """Refuse to go on with a parameter that the model does not use any more.
+
+        A weight that got its term in this step was used, which spares it the search.
+        """
+        for name in self._hooks.silent():
+            for held_in, key, expected in self._places.get(name, ()):
+                if held_in.get(key) is not expected:
+                    raise _replaced(name)
         for name in self._hooks.lost():
             raise _replaced(name)
 
@@ -282,7 +286,7 @@ class SNROptimizer(Optimizer):
         self._hooks.remove()
         self._withdraw_lambda()
         self._removed = True
-        self._term.targets, self._places, self._frozen = (), [], []
+        self._term.targets, self._places, self._frozen = (), {}, []
 
     def _complete_groups(self) -> None:
         """Write the default lambda into groups without one, where users can see it."""
@@ -317,18 +321,18 @@ class SNROptimizer(Optimizer):
 
     def _locate_targets(self) -> None:
         """Remember how the model leads to the targets, and which weights may join them."""
-        places: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any, str]] = {}
         for name, parameter, _ in self.targets:
+            places: list[tuple[Mapping[str, Any], str, Any]] = []
             module = self._model
             *path, attribute = name.split(".")
             for part in path:
                 child = module._modules.get(part)
                 if child is None:
                     raise _replaced(name)
-                places[id(module), part] = (module._modules, part, child, name)
+                places.append((module._modules, part, child))
                 module = child
-            places[id(module), attribute] = (module._parameters, attribute, parameter, name)
-        self._places = list(places.values())
+            places.append((module._parameters, attribute, parameter))
+            self._places[name] = places
         self._frozen = [
             found.parameter
             for found in linear_maps(self._model)

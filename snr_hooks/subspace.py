@@ -150,21 +150,22 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int) -> Ritz:
         The factors, in float64.
     """
     k = gram.shape[-1]
+    if k == 1:
+        sigma = (image_gram / gram).sqrt()
+        informative = (sigma > 0) & (sigma < math.inf)
+        images = torch.where(informative, sigma, 1).reciprocal()
+        return Ritz(sigma[:, 0, 0], gram.rsqrt(), images, informative[:, 0])
     scale = image_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     sound = (scale > 0) & (scale < math.inf)  # not if a NaN is in it either
     identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    if k == 1:
-        best = gram.rsqrt()
-        values = image_gram[..., 0] / gram[..., 0]
-    else:
-        cholesky, _ = torch.linalg.cholesky_ex(gram + _WHITENING * identity)
-        whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-        shares = torch.where(sound, scale, 1).reciprocal()[:, None, None] * image_gram
-        shares = torch.where(sound[:, None, None], shares, identity)
-        _, vectors = symmetric_eigen(whitening @ shares @ whitening.mT)
-        best = vectors[..., -n_best:].flip(-1).mT @ whitening
-        best = best * (best @ gram * best).sum(-1, keepdim=True).rsqrt()
-        values = (best @ image_gram * best).sum(-1)
+    cholesky, _ = torch.linalg.cholesky_ex(gram + _WHITENING * identity)
+    whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+    shares = torch.where(sound, scale, 1).reciprocal()[:, None, None] * image_gram
+    shares = torch.where(sound[:, None, None], shares, identity)
+    _, vectors = symmetric_eigen(whitening @ shares @ whitening.mT)
+    best = vectors[..., -n_best:].flip(-1).mT @ whitening
+    best = best * (best @ gram * best).sum(-1, keepdim=True).rsqrt()
+    values = (best @ image_gram * best).sum(-1)
     sigma = values.sqrt()
     informative = sound[:, None] & (values > 1e-12 * scale[:, None])
     images = best / torch.where(informative, sigma, 1)[..., None]
@@ -247,8 +248,6 @@ class Subspaces:
         self.right = Rows(right)
         self.left = Rows(left)
         self.next_is_right = next_is_right
-        self.sigma = torch.empty(0)
-        """From the last step, shape ``(L,)``, float64: lower bounds of sigma_1."""
         k = len(right[0])
         n_images = k - k // 2
         self._images = {
@@ -265,27 +264,27 @@ class Subspaces:
             False: self.right.room(columns=False),
         }
         best = n_images if k > 1 else 0  # a single vector is the best there is
-        self._pairs = {
+        self.pairs = {
             True: ([u[0] for u in self.left.each], [v[best] for v in self.right.each]),
             False: ([u[best] for u in self.left.each], [v[0] for v in self.right.each]),
         }
+        """For a step on the right, and on the left: u, shape ``(m,)``, and v, shape ``(n,)``, of
+        each weight: views that hold what the step found until the next. With its sigma,
+        sigma u v^T is W v v^T, or u u^T W, the gradient of half the squared bound."""
 
-    def to_multiply(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the next vectors of each weight, and where their products are expected.
+    def multiplied(self, *, right: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the vectors of each weight on a side, and where their products are expected.
 
         Right vectors have shape ``(k, n)``, their products ``(m, k)``; left vectors ``(k, m)``,
-        their products ``(k, n)``. The tensors are the same at every step on the same side.
+        their products ``(k, n)``.
         """
-        here = self.right if self.next_is_right else self.left
-        return here.each, self._products[self.next_is_right][1]
+        return (self.right if right else self.left).each, self._products[right][1]
 
-    def step(self) -> tuple[list[Tensor], list[Tensor]]:
+    def step(self) -> Tensor:
         """Find the best unit vector of this side, once the products have been computed.
 
         Returns:
-            For each weight u, shape ``(m,)``, and v, shape ``(n,)``: views that hold the
-            vectors until the next step. sigma u v^T is W v v^T or u u^T W, the gradient
-            of half the squared bound.
+            sigma of each weight, shape ``(L,)``, float64: a lower bound of sigma_1.
         """
         right = self.next_is_right
         here, there = (self.right, self.left) if right else (self.left, self.right)
@@ -298,9 +297,8 @@ class Subspaces:
             here.combine(ritz.best[:, : k // 2], here.tensors, self._kept[right])
         there.combine(ritz.images, images, self._images[not right])
         there.fill(~ritz.informative)
-        self.sigma = ritz.sigma
         self.next_is_right = not right
-        return self._pairs[right]
+        return ritz.sigma
 
 
 @cache

@@ -67,12 +67,11 @@ class SpectralTerm:
         strength = self.strength(target.parameter)
         if strength == 0:
             return
-        sigma, u, v = self._current(target)
+        term = self._current(target)
+        factor = strength * term.sigma
         if self.scaler is not None:
-            u = u * self._scale(self.scaler, grad.device).to(u.dtype)
-        if isinstance(sigma, Tensor):
-            u, sigma = u * sigma.to(u.dtype), 1.0
-        target.view.add_outer_(grad, u, v, strength * sigma)
+            factor = factor * self._scale(self.scaler, grad.device).double()
+        term.add(grad, factor)
 
     def outdate(self) -> None:
         """Compute the terms anew when one is asked for next."""

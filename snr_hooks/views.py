@@ -20,13 +20,18 @@ A new way to see a weight is a new class with the same methods: the code that it
 and adds the term never asks which view it holds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from snr_hooks._text import dimensions
 from snr_hooks.products import Product, times, transposed_times
+
+Adder = Callable[[Tensor, float | Tensor], None]
+"""Adds a multiple of a prepared matrix to a gradient, in place."""
 
 
 @dataclass(frozen=True)
@@ -121,25 +126,36 @@ class MatrixView:
         matrix = outputs_first.permute(0, *order).flatten(1)
         return matrix, list(outputs_first.shape[1:]), order
 
-    def add_outer_(self, grad: Tensor, u: Tensor, v: Tensor, scale: float = 1.0) -> None:
-        """Add scale * u v^T to a gradient in place, whatever its strides and dtype.
+    def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
+        """Prepare the addition of a multiple of u v^T to a gradient.
 
         Broadcasting reaches the gradient itself under any memory format, where
         ``grad.flatten(1).add_()`` would change a copy under channels_last. The product
-        is formed in the dtype of u and v and rounded once, on its way into ``grad``.
+        is formed in the dtype of u and v and rounded once, on its way into the gradient.
 
         Args:
-            grad: A tensor of the weight's shape.
+            weight: The weight; only its shape matters.
             u: Shape ``(m,)``.
             v: Shape ``(n,)``.
-            scale: A factor.
+
+        Returns:
+            A function of a gradient, of any strides and dtype, and a factor: a number, or a
+            scalar tensor where reading a number would wait for the device.
         """
-        outputs_first = grad if self.out_axis == 0 else grad.movedim(self.out_axis, 0)
-        _, *inputs = outputs_first.shape
-        rows = u.view(-1, *[1] * len(inputs))
-        outputs_first.addcmul_(rows, v.view(inputs), value=scale)
+        rows = [1] * weight.ndim
+        rows[self.out_axis] = -1
+        columns = list(weight.shape)
+        columns[self.out_axis] = 1
+        return partial(_add_product_, u.view(rows), v.view(columns))
 
     def describe(self, weight: Tensor) -> str:
         """Return how the matrix is made, e.g. ``64 x 147 matrix, flatten(1)``."""
         transpose = "" if self.out_axis == 0 else f"movedim({self.out_axis}, 0)."
         return f"{dimensions(self.shape(weight))} matrix, {transpose}flatten(1)"
+
+
+def _add_product_(rows: Tensor, columns: Tensor, grad: Tensor, factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor):
+        grad.addcmul_(rows * factor, columns)
+    else:
+        grad.addcmul_(rows, columns, value=factor)

@@ -17,7 +17,7 @@ ALLOWED = {
     "subspace": {"products"},
     "views": {"_text", "products"},
     "discovery": {"_text", "views"},
-    "estimators": {"discovery", "products", "subspace"},
+    "estimators": {"discovery", "products", "subspace", "views"},
     "hooks": {"discovery"},
     "checks": {"discovery"},
     "term": {"checks", "discovery", "estimators"},

@@ -44,10 +44,11 @@ def start(matrices_, k, seed=0, vectors=None):
 def step(subspaces, matrices_):
     """One step; sigma, u and v of each matrix."""
     product = MatrixView().matvec if subspaces.next_is_right else MatrixView().rmatvec
-    for matrix, vectors, out in zip(matrices_, *subspaces.to_multiply(), strict=True):
-        product(matrix, vectors, out)()
-    us, vs = subspaces.step()
-    return list(zip(subspaces.sigma, us, vs, strict=True))
+    right = subspaces.next_is_right
+    for matrix, *tensors in zip(matrices_, *subspaces.multiplied(right=right), strict=True):
+        product(matrix, *tensors)()
+    sigmas = subspaces.step()
+    return list(zip(sigmas, *subspaces.pairs[right], strict=True))
 
 
 def iterate(matrix, n_products, k=4, seed=0, subspaces=None):

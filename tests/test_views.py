@@ -33,8 +33,9 @@ def test_products_and_term_equal_those_of_the_materialized_matrix(out_axis, weig
     assert view.shape(weight) == (m, n)
     torch.testing.assert_close(view.matrix(weight), matrix)
     grad, strides = weight.clone(), weight.clone().stride()
-    view.add_outer_(grad, u, v, 2.0)
-    expected = weight + 2 * from_matrix(torch.outer(u, v), weight, transposed=out_axis == 1)
+    view.adder(weight, u, v)(grad, 2.0)
+    view.adder(weight, u, v)(grad, torch.tensor(3.0, dtype=torch.float64))
+    expected = weight + 5 * from_matrix(torch.outer(u, v), weight, transposed=out_axis == 1)
     torch.testing.assert_close(grad, expected)
     assert grad.stride() == strides
 
@@ -97,7 +98,7 @@ def test_the_term_is_rounded_once_into_a_half_precision_gradient(dtype):
     grad = torch.randn(40, 60, generator=generator).to(dtype)
     u, v = torch.randn(40, generator=generator), torch.randn(60, generator=generator)
     expected = (grad.double() + torch.outer(u.double(), v.double())).to(dtype)
-    MatrixView().add_outer_(grad, u, v)
+    MatrixView().adder(grad, u, v)(grad, 1.0)
     torch.testing.assert_close(grad, expected, rtol=0, atol=0)
 
 
