@@ -130,3 +130,74 @@ def _evenly_spaced(names: list[str], most: int) -> list[str]:
     if len(names) <= most:
         return names
     return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+
+
+def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, Any]) -> None:
+    """Draw the error of sigma against the cost of a step, one panel a training.
+
+    Args:
+        path: The PNG to write.
+        results: For each training the errors per setting, from ``recipes.frontier``.
+        bench: From ``recipes.bench``; the cost is that of its first model.
+    """
+    model, costs = next(iter(bench["own_work"].items()))
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharex=True, sharey=True)
+    for axis, (training, result) in zip(axes.flat, results.items(), strict=False):
+        for number, (name, errors) in enumerate(result["watching"].items()):
+            cost = costs[name]["ratio"]
+            axis.plot(cost, errors["p95"], "o", color=f"C{number}", label=name)
+            if name in result["driving"]:
+                driven = result["driving"][name]["p95"]
+                axis.plot(cost, driven, "o", color=f"C{number}", fillstyle="none")
+        axis.axhline(2, color="grey", linewidth=0.8, linestyle="--")
+        axis.set(title=training, yscale="log")
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel(f"time of a step over weight decay's ({model})")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error of sigma, 95th percentile (%)")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.suptitle(
+        "filled: watching a training that an exact SVD regularizes; open: driving its own"
+    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_bench(path: Path, bench: Mapping[str, Any]) -> None:
+    """Draw the cost of the term over weight decay per model, and how it grows.
+
+    Args:
+        path: The PNG to write.
+        bench: From ``recipes.bench``.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained")
+    models = list(bench["own_work"])
+    settings = list(bench["own_work"][models[0]])
+    width = 0.8 / len(settings)
+    for number, name in enumerate(settings):
+        found = [bench["own_work"][model][name] for model in models]
+        places = [i + (number - (len(settings) - 1) / 2) * width for i in range(len(models))]
+        ratios = [entry["ratio"] for entry in found]
+        spread = [
+            [r - entry["low"] for r, entry in zip(ratios, found, strict=True)],
+            [entry["high"] - r for r, entry in zip(ratios, found, strict=True)],
+        ]
+        axes[0].bar(places, ratios, width, yerr=spread, label=name, error_kw={"linewidth": 0.7})
+    axes[0].axhline(1, color="black", linewidth=0.8)
+    axes[0].set_xticks(range(len(models)), models, rotation=20, fontsize=8)
+    axes[0].set(title="the term alone, over weight decay (1)", ylabel="ratio of times")
+    axes[0].legend(fontsize=7)
+    for axis, key, label in (
+        (axes[1], "parameters", "parameters in 50 weights"),
+        (axes[2], "weights", "weights of 16 x 16"),
+    ):
+        for name, points in bench["growth"][key].items():
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds a step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

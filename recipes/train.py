@@ -92,7 +92,7 @@ def run(recipe: Recipe, output: Path, *, fresh: bool = False) -> SNROptimizer:
         for epoch in range(len(history), recipe.epochs):
             timm.utils.random_seed(recipe.seed, rank=epoch + 1)
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
-            row = {"epoch": epoch, **_train_epoch(training, epoch, bar), **_evaluate(training)}
+            row = {"epoch": epoch, **train_epoch(training, epoch, bar), **_evaluate(training)}
             row["lr"] = training.optimizer.param_groups[0]["lr"]
             row["sigma_max"] = max(training.optimizer.spectral_norms().values())
             history.append(row)
@@ -159,7 +159,20 @@ def _explained(entries: str) -> Iterator[None]:
         raise RecipeError(f"refused {entries}: {error}") from error
 
 
-def _train_epoch(training: Training, epoch: int, bar: "tqdm[Any]") -> dict[str, float]:
+def train_epoch(training: Training, epoch: int, bar: "tqdm[Any]") -> dict[str, float]:
+    """Train for one epoch.
+
+    Args:
+        training: From ``build``.
+        epoch: Its number, from 0, for the schedule and for messages.
+        bar: Is moved on with every step.
+
+    Returns:
+        The average loss and accuracy over the epoch.
+
+    Raises:
+        RecipeError: The loss is not finite.
+    """
     model, loaders, optimizer, scheduler, device = training
     model.train()
     loss_meter, accuracy_meter = timm.utils.AverageMeter(), timm.utils.AverageMeter()

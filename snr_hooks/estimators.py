@@ -310,9 +310,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _checked_vectors(
-    name: str, vectors: object, shape: tuple[int, int], n_vectors: int
-) -> Vectors:
+def _checked_vectors(name: str, vectors: object, shape: tuple[int, int], n_vectors: int) -> Vectors:
     """Return a copy of saved vectors, or say what is wrong with them."""
     m, n = shape
     k = min(n_vectors, *shape)
@@ -321,9 +319,7 @@ def _checked_vectors(
         f"expected for {name!r} finite non-zero vectors 'left' and 'right' of shape "
         f"{allowed[0][0]} and {allowed[0][1]}, or {allowed[1][0]} and {allowed[1][1]}, found"
     )
-    remedy = (
-        "load a state dict of this model and this n_vectors, or delete its 'snr_hooks' entry"
-    )
+    remedy = "load a state dict of this model and this n_vectors, or delete its 'snr_hooks' entry"
     if not isinstance(vectors, Mapping) or vectors.keys() != {"left", "right"}:
         raise ValueError(f"{expected} a {type(vectors).__name__}; {remedy}")
     parts = [vectors["left"], vectors["right"]]

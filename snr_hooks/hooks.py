@@ -69,7 +69,9 @@ class GradientHooks:
 
     def lost(self) -> list[str]:
         """Return those of them whose hooks were moved away, as swap_tensors does."""
-        return [weight.name for weight in self._weights if weight.pending and not weight.is_hooked()]
+        return [
+            weight.name for weight in self._weights if weight.pending and not weight.is_hooked()
+        ]
 
     def rearm(self) -> None:
         """Make every weight pending: a step was taken, or all gradients were reset."""

@@ -94,7 +94,7 @@ class SNROptimizer(Optimizer):
         include: Selection = None,
         exclude: Selection = None,
         n_power_iterations: float = 0.5,
-        n_vectors: int = 4,
+        n_vectors: int = 2,
         exact: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
@@ -274,8 +274,7 @@ class SNROptimizer(Optimizer):
         """
         terms = self._term.estimator.peek(self.targets)
         return {
-            target.name: float(term.sigma)
-            for target, term in zip(self.targets, terms, strict=True)
+            target.name: float(term.sigma) for target, term in zip(self.targets, terms, strict=True)
         }
 
     def remove(self) -> None:

@@ -72,7 +72,7 @@ def transposed_times(matrix: Tensor, vectors: Tensor, out: Tensor) -> Product:
         return partial(_multiply_and_copy, repeated, slices, pieces)
     if k <= 2 and _can_cut(matrix, m, _PIECES):
         slices = matrix.view(_PIECES, m // _PIECES, n)
-        pieces = vectors.unflatten(1, (_PIECES, -1)).transpose(0, 1)
+        pieces = vectors.view(k, _PIECES, m // _PIECES).transpose(0, 1)
         return partial(_multiply_and_sum, pieces, slices, out)
     return partial(torch.mm, vectors, matrix, out=out)
 

@@ -49,6 +49,7 @@ class Rows:
         for weight, vector in enumerate(vectors):
             groups.setdefault((vector.shape[1] - 1).bit_length(), []).append(weight)
         order = [weight for members in groups.values() for weight in members]
+        self._sizes = [len(members) for members in groups.values()]
         self.lengths = [[vectors[weight].shape[1] for weight in m] for m in groups.values()]
         self.places = sorted(range(len(order)), key=order.__getitem__)
         self.order = torch.tensor(order, device=vectors[0].device)
@@ -63,9 +64,14 @@ class Rows:
             part.copy_(vector)
 
     def room(self, *, columns: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Make room for as many other vectors: tensors laid out like these, and their parts.
+        """Make room for as many other vectors.
 
-        With ``columns`` the part of a weight has shape ``(length, k)`` and is contiguous.
+        Args:
+            columns: Whether a weight's vectors lie side by side in memory, as columns.
+
+        Returns:
+            Tensors laid out like these, and the part of each weight: shape ``(k, length)``,
+            or with ``columns`` ``(length, k)`` and contiguous.
         """
         if not columns:
             tensors = [torch.zeros_like(tensor) for tensor in self.tensors]
@@ -86,16 +92,21 @@ class Rows:
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Split values, one a weight along dimension 0, into one tensor for each of these."""
-        return values[self.order].split([len(lengths) for lengths in self.lengths])
+        return torch.split(values[self.order], self._sizes)
 
     def gram(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the inner products of each weight's vectors, float64, ``(L, k, k)``."""
-        doubles = [tensor.double() for tensor in tensors]
-        return torch.cat([double @ double.mT for double in doubles])[self.inverse]
+        """Return the inner products of each weight's vectors, float64, ``(L, k, k)``.
 
-    def combine(
-        self, factors: Tensor, vectors: Sequence[Tensor], out: Sequence[Tensor]
-    ) -> None:
+        In float32 the Gram matrix of vectors that almost coincide would not be positive, and
+        squares of 1e20 would overflow.
+        """
+        if tensors[0].shape[1] == 1:  # the same, faster
+            norms = [torch.linalg.vector_norm(t, dim=2, dtype=torch.float64) for t in tensors]
+            return torch.cat(norms)[self.inverse].square()[:, None]
+        doubles = [tensor.double() for tensor in tensors]
+        return torch.cat([torch.bmm(t, t.mT) for t in doubles])[self.inverse]
+
+    def combine(self, factors: Tensor, vectors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """Write linear combinations of the k vectors of each weight.
 
         Args:
@@ -105,7 +116,10 @@ class Rows:
         """
         parts = self.split(factors.to(vectors[0].dtype))
         for part, tensor, target in zip(parts, vectors, out, strict=True):
-            target.copy_(torch.bmm(part, tensor))
+            if part.shape[2] == 1:
+                torch.mul(tensor, part, out=target)
+            else:
+                target.copy_(torch.bmm(part, tensor))
 
     def fill(self, unknown: Tensor) -> None:
         """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""
@@ -138,38 +152,50 @@ class Ritz(NamedTuple):
     informative: Tensor
 
 
-def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int) -> Ritz:
+def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> Ritz:
     """Find the best vectors in the span of k vectors from their Gram matrices alone.
 
     Args:
         gram: Inner products of the vectors, shape ``(L, k, k)``, float64.
         image_gram: Inner products of their images, likewise.
         n_best: How many to find, h.
+        eps: Rounding error of the vectors. Images a thousand times that fainter than the
+            best are taken for noise.
 
     Returns:
         The factors, in float64.
     """
-    k = gram.shape[-1]
-    if k == 1:
+    if gram.shape[-1] == 1:
         sigma = (image_gram / gram).sqrt()
         informative = (sigma > 0) & (sigma < math.inf)
         images = torch.where(informative, sigma, 1).reciprocal()
         return Ritz(sigma[:, 0, 0], gram.rsqrt(), images, informative[:, 0])
-    scale = image_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    sound = (scale > 0) & (scale < math.inf)  # not if a NaN is in it either
-    identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    cholesky, _ = torch.linalg.cholesky_ex(gram + _WHITENING * identity)
+    size = image_gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    sound = (size > 0) & (size < math.inf)  # not if a NaN is in it either
+    shares = image_gram / size
+    if not sound.is_cpu or not sound.all():
+        shares = torch.where(sound, shares, _identity(gram))
+    identity = _identity(gram)
+    cholesky, _ = torch.linalg.cholesky_ex(torch.add(gram, identity, alpha=_WHITENING))
     whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    shares = torch.where(sound, scale, 1).reciprocal()[:, None, None] * image_gram
-    shares = torch.where(sound[:, None, None], shares, identity)
     _, vectors = symmetric_eigen(whitening @ shares @ whitening.mT)
     best = vectors[..., -n_best:].flip(-1).mT @ whitening
-    best = best * (best @ gram * best).sum(-1, keepdim=True).rsqrt()
-    values = (best @ image_gram * best).sum(-1)
+    squares = torch.linalg.vecdot(best @ gram, best)
+    values = torch.linalg.vecdot(best @ image_gram, best) / squares
+    best = best / squares.sqrt()[..., None]
+    informative = sound[..., 0] & (values > (1e3 * eps) ** 2 * size[..., 0])
     sigma = values.sqrt()
-    informative = sound[:, None] & (values > 1e-12 * scale[:, None])
     images = best / torch.where(informative, sigma, 1)[..., None]
     return Ritz(sigma[:, 0], best, images, informative)
+
+
+@cache
+def _eye(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(k, dtype=dtype, device=device)
+
+
+def _identity(like: Tensor) -> Tensor:
+    return _eye(like.shape[-1], like.dtype, like.device)
 
 
 def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +318,8 @@ class Subspaces:
         images, _ = self._products[right]
         image_gram = there.gram(images)
         gram = here.gram(here.tensors) if k > 1 else torch.ones_like(image_gram)
-        ritz = rayleigh_ritz(gram, image_gram, k - k // 2)
+        eps = torch.finfo(here.tensors[0].dtype).eps
+        ritz = rayleigh_ritz(gram, image_gram, k - k // 2, eps)
         if k > 1:
             here.combine(ritz.best[:, : k // 2], here.tensors, self._kept[right])
         there.combine(ritz.images, images, self._images[not right])
@@ -326,5 +353,7 @@ def starting_vectors(k: int, n: int, seed: int, name: str) -> Tensor:
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
-    orthonormal, _ = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))
+    orthonormal: Tensor = torch.linalg.qr(
+        torch.randn(n, k, generator=generator, dtype=torch.float64)
+    ).Q
     return orthonormal.mT.contiguous()

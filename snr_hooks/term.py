@@ -89,8 +89,7 @@ class SpectralTerm:
             active = [t for t in self.targets if self._is_due(t, asked=target)]
             terms = self.estimator.advance(active)
             self._terms = {
-                t.name: (t.parameter._version, term)
-                for t, term in zip(active, terms, strict=True)
+                t.name: (t.parameter._version, term) for t, term in zip(active, terms, strict=True)
             }
             known = self._terms[target.name]
         return known[1]

@@ -74,7 +74,7 @@ class MatrixView:
         if order is None:
             return times(matrix, v, out)
         reordered = torch.empty_like(v)
-        source = v.unflatten(1, inputs).permute(0, *order)
+        source = v.view(len(v), *inputs).permute(0, *order)
         target = reordered.view(source.shape)
         product = times(matrix, reordered, out)
 
@@ -101,7 +101,7 @@ class MatrixView:
         if order is None:
             return transposed_times(matrix, u, out)
         unordered = out.new_empty(out.shape)
-        target = out.unflatten(1, inputs).permute(0, *order)
+        target = out.view(len(out), *inputs).permute(0, *order)
         source = unordered.view(target.shape)
         product = transposed_times(matrix, u, unordered)
 
@@ -115,12 +115,14 @@ class MatrixView:
         """Return the matrix with its columns in the order in which they lie in memory.
 
         Under channels_last that avoids a copy of the weight; the vectors are reordered
-        instead. Where no order avoids it, the first value is a copy. The second value is the shape of a vector of inputs, the third the order of
-        its axes, counted from 1, or None where it is the logical one.
+        instead. Where no order avoids it, the first value is a copy. The second value is the
+        shape of a vector of inputs, the third the order of its axes, counted from 1, or None
+        where it is the logical one.
         """
         outputs_first = weight.movedim(self.out_axis, 0)
+        strides = outputs_first.stride()
         logical = list(range(1, weight.ndim))
-        order = sorted(logical, key=lambda axis: -outputs_first.stride(axis))
+        order = sorted(logical, key=lambda axis: -strides[axis])
         if outputs_first.is_contiguous() or order == logical:
             return outputs_first.flatten(1), [], None
         matrix = outputs_first.permute(0, *order).flatten(1)

@@ -79,7 +79,9 @@ class SlowSubspace:
         map_ = matrix.double() if self.on_right else matrix.double().T
         k = len(self.span)
         # Without it, QR invents directions that nothing determines.
-        self.independent = bool(torch.linalg.svdvals(self.span / self.span.norm(dim=1)[:, None])[-1] > 0.05)
+        self.independent = bool(
+            torch.linalg.svdvals(self.span / self.span.norm(dim=1)[:, None])[-1] > 0.05
+        )
         basis, _ = torch.linalg.qr(self.span.T)
         images, sigmas, rotation = torch.linalg.svd(map_ @ basis, full_matrices=False)
         best = (basis @ rotation.T).T

@@ -136,9 +136,9 @@ def test_equals_the_slow_twin_while_the_matrices_move(shapes_, seed, k, drift):
         for weight, twin, (sigma, u, v) in zip(weights, twins, found, strict=True):
             expected_sigma, expected_u, expected_v = twin.step(weight)
             assume(twin.independent)
-            assert sigma.item() == pytest.approx(expected_sigma, rel=1e-5)
+            assert sigma.item() == pytest.approx(expected_sigma, rel=1e-4)
             expected = torch.outer(expected_u, expected_v)
-            torch.testing.assert_close(torch.outer(u, v), expected, rtol=0, atol=5e-3)
+            torch.testing.assert_close(torch.outer(u, v), expected, rtol=0, atol=0.02)
         weights = [weight + drift * noise(weight.shape) for weight in weights]
 
 
@@ -269,7 +269,7 @@ def test_rayleigh_ritz_finds_the_best_vector_of_a_span(k, n, seed):
     basis /= basis.norm(dim=1, keepdim=True)
     assume(torch.linalg.cond(basis) < 20)
     images = basis @ matrix.T
-    ritz = rayleigh_ritz((basis @ basis.T)[None], (images @ images.T)[None], k - k // 2)
+    ritz = rayleigh_ritz((basis @ basis.T)[None], (images @ images.T)[None], k - k // 2, 1e-16)
     orthonormal, _ = torch.linalg.qr(basis.T)
     assert ritz.sigma.item() == pytest.approx(top(matrix @ orthonormal), rel=1e-3)
     x = ritz.best[0] @ basis

@@ -1,0 +1,447 @@
+"""What the term costs, next to weight decay: ``python -m recipes.bench``.
+
+All times are medians over interleaved repetitions in this one process, and all figures but
+milliseconds are ratios of such times; the spread is that of the middle 80 percent. Nothing
+here asserts a time. Compare figures within a run only.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from recipes.report import draw_bench
+from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS, Idle
+from snr_hooks import SNROptimizer, discover
+
+MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "resnet18": (32, 64, {}),
+    "resnet50": (64, 16, {}),
+    "mobilenetv3_large_100": (96, 32, {}),
+    "convnext_tiny": (64, 16, {}),
+    "vit_small_patch16_224": (64, 32, {"img_size": 64}),
+    "vit_base_patch16_224": (64, 16, {"img_size": 64}),
+}
+"""Image size and batch size of the whole training step, and options of the model."""
+
+STRENGTH = 1e-6
+"""lambda: small enough that hundreds of terms without a step in between leave finite gradients."""
+
+Times = dict[str, list[float]]
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]], repetitions: int, *, warm_up: int = 2
+) -> Times:
+    """Time functions in turn, again and again.
+
+    Args:
+        functions: What to time, by name.
+        repetitions: How often each.
+        warm_up: Untimed rounds before.
+
+    Returns:
+        The times of each in seconds.
+    """
+    times: Times = {name: [] for name in functions}
+    for repetition in range(-warm_up, repetitions):
+        for name, function in functions.items():
+            _wait()
+            start = time.perf_counter()
+            function()
+            _wait()
+            if repetition >= 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the ends of the middle 80 percent."""
+    values = sorted(values)
+    cut = len(values) // 10
+    return {
+        "ratio": statistics.median(values),
+        "low": values[cut],
+        "high": values[-1 - cut],
+    }
+
+
+# --- (a) the term alone ---
+
+
+def wrapped(model: nn.Module, setting: dict[str, Any]) -> SNROptimizer:
+    """Wrap an optimizer that does nothing, and give every weight a gradient."""
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return SNROptimizer(Idle(model.parameters()), model, STRENGTH, **setting)
+
+
+def hooked_step(optimizer: SNROptimizer) -> Callable[[], None]:
+    """Return a function that does all that the wrapper does in a training step.
+
+    It calls the hooks that backward would call, in the same order, and steps. What is left out
+    is autograd's own time to call a Python function.
+    """
+    parameters = [target.parameter for target in reversed(optimizer.targets)]
+    before = [list((p._backward_hooks or {}).values()) for p in parameters]
+    after = [list((p._post_accumulate_grad_hooks or {}).values()) for p in parameters]
+
+    def step() -> None:
+        with torch.no_grad():
+            for parameter, first, second in zip(parameters, before, after, strict=True):
+                assert parameter.grad is not None
+                for hook in first:
+                    hook(parameter.grad)
+                for hook in second:
+                    hook(parameter)
+        optimizer.step()
+
+    return step
+
+
+def weight_decay(optimizer: SNROptimizer) -> Callable[[], None]:
+    """Return a function that adds weight decay to the same gradients."""
+    weights = [target.parameter.detach() for target in optimizer.targets]
+    grads = [p.grad for p in (t.parameter for t in optimizer.targets) if p.grad is not None]
+    return lambda: torch._foreach_add_(grads, weights, alpha=STRENGTH)
+
+
+def own_work(
+    model: nn.Module, settings: dict[str, dict[str, Any]], repetitions: int
+) -> dict[str, Any]:
+    """Measure (a): what the wrapper does in a step, over weight decay, per setting."""
+    found = {}
+    for name, setting in settings.items():
+        optimizer = wrapped(model, setting)
+        functions = {
+            "weight decay": weight_decay(optimizer),
+            "step on one side": hooked_step(optimizer),
+            "weight decay again": weight_decay(optimizer),
+            "step on the other side": hooked_step(optimizer),
+        }
+        times = measure(functions, repetitions)
+        floor, here, again, there = times.values()
+        ratios = [(b + d) / (a + c) for a, b, c, d in zip(floor, here, again, there, strict=True)]
+        found[name] = spread(ratios) | {"floor_ms": statistics.median(floor) * 1e3}
+        optimizer.remove()
+    return found
+
+
+# --- (b) a whole training step ---
+
+
+def power_penalty(model: nn.Module) -> Callable[[], Tensor]:
+    """Return the penalty by autograd, with one power iteration a step on each weight."""
+    targets = discover(model).targets
+    vectors = [torch.randn(target.view.shape(target.parameter)[1]) for target in targets]
+
+    def penalty() -> Tensor:
+        total = torch.zeros(())
+        for i, (_, parameter, view) in enumerate(targets):
+            matrix = view.matrix(parameter)
+            with torch.no_grad():
+                u = nn.functional.normalize(matrix @ vectors[i], dim=0)
+                vectors[i] = nn.functional.normalize(matrix.mT @ u, dim=0)
+            total = total + (u @ matrix @ vectors[i]).square()
+        return STRENGTH / 2 * total
+
+    return penalty
+
+
+def exact_penalty(model: nn.Module) -> Callable[[], Tensor]:
+    """Return the penalty by autograd through an exact SVD of each weight."""
+    targets = discover(model).targets
+
+    def penalty() -> Tensor:
+        norms = [torch.linalg.matrix_norm(view.matrix(p), 2) for _, p, view in targets]
+        return STRENGTH / 2 * torch.stack(norms).square().sum()
+
+    return penalty
+
+
+def training_step(model: nn.Module, method: str, size: int, batch: int) -> Callable[[], float]:
+    """Return a function that takes a whole training step with a method."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(model)
+    penalty: Callable[[], Tensor] = lambda: torch.zeros(())  # noqa: E731
+    if method == "spectral_norm":
+        for name, _, _ in discover(model).targets:
+            module, _, tensor = name.rpartition(".")
+            spectral_norm(model.get_submodule(module), tensor)
+        assert any(parametrize.is_parametrized(module) for module in model.modules())
+    elif method == "penalty, power iteration":
+        penalty = power_penalty(model)
+    elif method == "penalty, exact SVD":
+        penalty = exact_penalty(model)
+    decay = STRENGTH if method == "weight decay" else 0.0
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=decay
+    )
+    if method in SETTINGS:
+        optimizer = SNROptimizer(optimizer, model, STRENGTH, **SETTINGS[method])
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+
+    def step() -> float:
+        loss = nn.functional.cross_entropy(model(images), labels) + penalty()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def whole_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
+    """Measure (b): what each method adds to a training step, in percent of the step."""
+    size, batch, _ = MODELS[name]
+    methods = ["weight decay", ECONOMICAL, DEFAULT, "penalty, power iteration", "spectral_norm"]
+    steps = {method: training_step(model, method, size, batch) for method in ["none", *methods]}
+    times = measure(steps, repetitions)
+    base = statistics.median(times["none"])
+    found: dict[str, Any] = {"none": {"milliseconds": base * 1e3}}
+    for method in methods:
+        added = [
+            100 * (after - before) / base
+            for before, after in zip(times["none"], times[method], strict=True)
+        ]
+        found[method] = spread(added)
+    exact = measure({"": training_step(model, "penalty, exact SVD", size, batch)}, 1, warm_up=0)
+    found["penalty, exact SVD"] = {"ratio": 100 * (exact[""][0] - base) / base}
+    return found
+
+
+# --- (c) memory and (d) launches ---
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators, and notes the largest tensor that one of them allocated."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators = 0
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        """Run an operator and look at what it returns."""
+        kwargs = kwargs or {}
+        known = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **kwargs)
+        self.operators += 1
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in known:
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes())
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def memory(model: nn.Module, setting: dict[str, Any]) -> dict[str, float]:
+    """Measure (c), memory, and (d), launches.
+
+    Args:
+        model: The model.
+        setting: Options of SNROptimizer.
+
+    Returns:
+        Bytes that the wrapper keeps, in percent of the parameters' bytes; the largest tensor that
+        a step allocates, in percent of the largest weight; operators a step; kernels a step on
+        a GPU, if there is one.
+    """
+    before = _tensors_alive()
+    optimizer = wrapped(model, setting)
+    gradients = {_storage(p.grad) for p in model.parameters() if p.grad is not None}
+    step = hooked_step(optimizer)
+    for _ in range(2):
+        step()
+    after = _tensors_alive()
+    kept = sum(size for place, size in after.items() if place not in before.keys() | gradients)
+    with Allocations() as allocations:
+        step()
+        step()  # on the other side
+    weights = [target.parameter for target in optimizer.targets]
+    found = {
+        "state_percent": 100 * kept / sum(p.nbytes for p in model.parameters()),
+        "largest_temporary_percent": 100 * allocations.largest / max(w.nbytes for w in weights),
+        "operators": allocations.operators // 2,
+        "weights": len(weights),
+    }
+    if torch.cuda.is_available():
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            step()
+        found["kernels"] = sum(event.count for event in recorded.key_averages())
+    optimizer.remove()
+    return found
+
+
+def _tensors_alive() -> dict[int, int]:
+    """Return place and size of the storage of every tensor that Python can reach."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return {_storage(t): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
+
+
+# --- (e) growth ---
+
+
+def growth(repetitions: int, largest: int) -> dict[str, Any]:
+    """Measure (e): milliseconds a step by the number of parameters, and of weights."""
+    by_parameters: dict[str, list[tuple[float, float]]] = {}
+    for millions in (1, 3, 10, 30, 100, 300, 600):
+        if millions <= largest:
+            side = round((millions * 1e6 / 50) ** 0.5)
+            _grow(by_parameters, millions * 1e6, side, 50, repetitions)
+    by_weights: dict[str, list[tuple[float, float]]] = {}
+    for count in (10, 30, 100, 300, 500):
+        _grow(by_weights, count, 16, count, 5 * repetitions)
+    slopes = {
+        name: 1e3 * (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
+        for name, points in by_weights.items()
+    }
+    return {
+        "parameters": by_parameters,
+        "weights": by_weights,
+        "microseconds_per_weight": slopes,
+    }
+
+
+def _grow(
+    points: dict[str, list[tuple[float, float]]], x: float, side: int, count: int, repetitions: int
+) -> None:
+    model = nn.ModuleList([nn.Linear(side, side, bias=False) for _ in range(count)])
+    for name in (ECONOMICAL, DEFAULT):
+        optimizer = wrapped(model, SETTINGS[name])
+        functions = {"weight decay": weight_decay(optimizer), name: hooked_step(optimizer)}
+        for key, times in measure(functions, repetitions).items():
+            if key == name or name == ECONOMICAL:
+                points.setdefault(key, []).append((x, 1e3 * statistics.median(times)))
+        optimizer.remove()
+
+
+# --- the report ---
+
+
+def table(bench: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    models = list(bench["own_work"])
+    lines = [
+        f"{bench['machine']}. Medians, in brackets the middle 80 % of the repetitions.",
+        "",
+        "(a) The wrapper's own work in a step, over weight decay on the same tensors:",
+        "",
+        "| | " + " | ".join(models) + " |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    for name in next(iter(bench["own_work"].values())):
+        cells = [
+            "{ratio:.2f} ({low:.2f}-{high:.2f})".format(**bench["own_work"][model][name])
+            for model in models
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", "(b) What a method adds to a whole training step, in percent of it:", ""]
+    lines += ["| | " + " | ".join(bench["whole_step"]) + " |"]
+    lines += ["|---" * (len(bench["whole_step"]) + 1) + "|"]
+    for method in next(iter(bench["whole_step"].values()), {}):
+        cells = []
+        for found in bench["whole_step"].values():
+            entry = found[method]
+            if "milliseconds" in entry:
+                cells.append(f"{entry['milliseconds']:.0f} ms")
+            elif "low" in entry:
+                cells.append("{ratio:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry))
+            else:
+                cells.append(f"{entry['ratio']:+.0f} (once)")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "(c) Memory that the wrapper keeps, in percent of the parameters' bytes / the largest "
+        "temporary, in percent of the largest weight; (d) operators a step / weights:",
+        "",
+        "| | " + " | ".join(bench["memory"]) + " |",
+        "|---" * (len(bench["memory"]) + 1) + "|",
+    ]
+    for name in next(iter(bench["memory"].values()), {}):
+        cells = []
+        for found in bench["memory"].values():
+            entry = found[name]
+            cell = "{state_percent:.2f} / {largest_temporary_percent:.1f}; {operators} / {weights}"
+            cells.append(cell.format(**entry))
+            if "kernels" in entry:
+                cells[-1] += f", {entry['kernels']} kernels"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "growth" in bench:
+        constants = ", ".join(
+            f"{name} {value:.1f}"
+            for name, value in bench["growth"]["microseconds_per_weight"].items()
+        )
+        lines += ["", f"(e) Microseconds for each additional small weight: {constants}."]
+    if not torch.cuda.is_available():
+        lines += ["", "No GPU: kernel launches and GPU times were not measured."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.bench", description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--largest", type=int, default=600, help="millions of parameters in (e)")
+    parser.add_argument("--parts", default="abcde", help="which of (a) to (e)")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    bench: dict[str, Any] = {
+        "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "own_work": {},
+        "whole_step": {},
+        "memory": {},
+    }
+    for name in tqdm(options.models):
+        model = timm.create_model(name, **MODELS[name][2])
+        if "a" in options.parts:
+            bench["own_work"][name] = own_work(model, SETTINGS, options.repetitions)
+        if "c" in options.parts or "d" in options.parts:
+            bench["memory"][name] = {
+                setting: memory(model, options_) for setting, options_ in SETTINGS.items()
+            }
+        if "b" in options.parts:
+            for parameter in model.parameters():
+                parameter.grad = None
+            bench["whole_step"][name] = whole_step(name, model, options.repetitions)
+    if "e" in options.parts:
+        bench["growth"] = growth(max(options.repetitions // 4, 3), options.largest)
+    (options.output / "bench.json").write_text(json.dumps(bench, indent=1))
+    text = table(bench)
+    (options.output / "bench.md").write_text(text)
+    print(text)
+    if "growth" in bench and bench["own_work"]:
+        draw_bench(options.output / "bench.png", bench)
+
+
+if __name__ == "__main__":
+    main()

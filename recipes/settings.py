@@ -1,0 +1,28 @@
+"""The settings of SNROptimizer that the benchmark and the frontier compare."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+ECONOMICAL = "1 vector"
+DEFAULT = "2 vectors (default)"
+SETTINGS: dict[str, dict[str, Any]] = {
+    ECONOMICAL: {"n_vectors": 1},
+    "1 vector, full iteration": {"n_vectors": 1, "n_power_iterations": 1},
+    DEFAULT: {},
+    "2 vectors, full iteration": {"n_power_iterations": 1},
+    "4 vectors": {"n_vectors": 4},
+    "8 vectors": {"n_vectors": 8},
+}
+
+
+class Idle(Optimizer):
+    """An optimizer that leaves its parameters alone, to see what surrounds it."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Do nothing."""
