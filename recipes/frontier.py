@@ -6,8 +6,8 @@ settings drives a training of its own, in which its errors feed back: a directio
 misses is not held down. The error of a weight is (sigma_1 - sigma) / sigma_1, with sigma the
 value that the term of that step is made with and sigma_1 from an SVD in float64.
 
-Every finished training is a file; the same command goes on after the last one. At the end, a
-table and a picture set the errors beside the cost that ``recipes.bench`` measured.
+Every training is a file; the same command goes on with what is missing. At the end, a table and
+a picture set the errors beside the cost that ``recipes.bench`` measured.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from snr_hooks import SNROptimizer, spectra
 EVERY = 5
 """Steps between two looks."""
 
-DRIVERS = [ECONOMICAL, "1 vector, full iteration", DEFAULT, "4 vectors", "8 vectors"]
+DRIVERS = [ECONOMICAL, "1 vector", DEFAULT, "4 vectors", "8 vectors"]
 """Settings that also drive a training of their own."""
 
 TRAININGS = [
@@ -161,8 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for data, opt, lr in TRAININGS:
         name = f"{data}-{opt}-{lr}"
         path = options.output / f"{name}.json"
-        if path.exists() or options.only not in name:
+        if options.only not in name:
             continue
+        result: dict[str, Any] = {"watching": {}, "driving": {}, "loss": {}}
+        if path.exists():
+            result = json.loads(path.read_text())
         entries = read(data) | {"opt": opt, "lr": lr, "data_dir": options.data_dir}
         if data == "cifar10":
             entries["data"] = options.cifar
@@ -170,18 +173,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             entries["epochs"] = options.epochs
         recipe = Recipe(**entries)
         print(name)
-        found, losses = watch(recipe, SETTINGS)
-        result: dict[str, Any] = {
-            "recipe": entries,
-            "watching": {name: summary(looks) for name, looks in found.items()},
-            "driving": {},
-            "loss": {"exact SVD": losses},
-        }
-        for setting in DRIVERS:
-            looks, losses = drive(recipe, SETTINGS[setting])
-            result["driving"][setting] = summary(looks)
-            result["loss"][setting] = losses
-        path.write_text(json.dumps(result, indent=1))
+        missing = {key: SETTINGS[key] for key in SETTINGS if key not in result["watching"]}
+        if missing:
+            found, result["loss"]["exact SVD"] = watch(recipe, missing)
+            result["watching"] |= {key: summary(looks) for key, looks in found.items()}
+            write(path, result)
+        for key in DRIVERS:
+            if key not in result["driving"]:
+                looks, result["loss"][key] = drive(recipe, SETTINGS[key])
+                result["driving"][key] = summary(looks)
+                write(path, result)
     results = {path.stem: json.loads(path.read_text()) for path in trainings(options.output)}
     text = table(results)
     (options.output / "frontier.md").write_text(text)
@@ -190,6 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw_frontier(
             options.output / "frontier.png", results, json.loads(options.bench.read_text())
         )
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Replace the file of a training, all of it or nothing."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1))
+    unfinished.replace(path)
 
 
 def trainings(folder: Path) -> list[Path]:
@@ -202,7 +210,8 @@ def table(results: dict[str, Any]) -> str:
     """Return all errors as a Markdown table: median / 95th percentile / worst in percent."""
     lines = []
     for mode in ("watching", "driving"):
-        names = list(next(iter(results.values()))[mode]) if results else []
+        order = SETTINGS if mode == "watching" else DRIVERS
+        names = [key for key in order if all(key in r[mode] for r in results.values())]
         lines += [f"**{mode}**", "", "| training | " + " | ".join(names) + " |"]
         lines.append("|---" * (len(names) + 1) + "|")
         for training, result in results.items():
@@ -212,7 +221,9 @@ def table(results: dict[str, Any]) -> str:
             ]
             lines.append(f"| {training} | " + " | ".join(cells) + " |")
         lines.append("")
-    names = list(next(iter(results.values()))["loss"]) if results else []
+    names = [
+        key for key in ["exact SVD", *DRIVERS] if all(key in r["loss"] for r in results.values())
+    ]
     lines += ["**training loss in the last epoch**", "", "| training | " + " | ".join(names) + " |"]
     lines.append("|---" * (len(names) + 1) + "|")
     for training, result in results.items():

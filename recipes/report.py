@@ -143,7 +143,8 @@ def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, An
     model, costs = next(iter(bench["own_work"].items()))
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharex=True, sharey=True)
     for axis, (training, result) in zip(axes.flat, results.items(), strict=False):
-        for number, (name, errors) in enumerate(result["watching"].items()):
+        for number, name in enumerate(costs):
+            errors = result["watching"][name]
             cost = costs[name]["ratio"]
             axis.plot(cost, errors["p95"], "o", color=f"C{number}", label=name)
             if name in result["driving"]:

@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-ECONOMICAL = "1 vector"
+ECONOMICAL = "1 vector, every 4th step"
 DEFAULT = "2 vectors (default)"
 SETTINGS: dict[str, dict[str, Any]] = {
-    ECONOMICAL: {"n_vectors": 1},
+    ECONOMICAL: {"n_vectors": 1, "n_power_iterations": 0.125},
+    "1 vector": {"n_vectors": 1},
     "1 vector, full iteration": {"n_vectors": 1, "n_power_iterations": 1},
     DEFAULT: {},
     "2 vectors, full iteration": {"n_power_iterations": 1},

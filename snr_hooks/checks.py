@@ -37,19 +37,19 @@ def checked_int(value: object, what: str, *, at_least: int) -> int:
     return value
 
 
-def checked_products(n_power_iterations: object) -> int:
-    """Return the number of products with each weight in so many power iterations."""
+def checked_products(n_power_iterations: object) -> tuple[int, int]:
+    """Return how many products with each weight to take, and every how many steps."""
+    what = "n_power_iterations to be a positive multiple of 0.5 or 0.5 / k for a whole k"
     if isinstance(n_power_iterations, bool) or not isinstance(n_power_iterations, Real):
-        raise TypeError(
-            f"expected n_power_iterations to be a multiple of 0.5, found {n_power_iterations!r}"
-        )
+        raise TypeError(f"expected {what}, found {n_power_iterations!r}")
     products = 2 * float(n_power_iterations)
-    if not 1 <= products < math.inf or products != int(products):
+    steps = round(1 / products) if 0 < products < 1 else 1
+    if not 0 < products < math.inf or products * steps != round(products * steps):
         raise ValueError(
-            "expected n_power_iterations to be a positive multiple of 0.5 (half an iteration is "
-            f"one product with each weight), found {n_power_iterations!r}"
+            f"expected {what} (0.5 is one product with each weight a step, 0.125 one every "
+            f"fourth step), found {n_power_iterations!r}"
         )
-    return int(products)
+    return round(products * steps), steps
 
 
 def check_values(target: Target) -> None:

@@ -29,10 +29,14 @@ class Term(NamedTuple):
 
     Attributes:
         sigma: A number, or on an accelerator, where reading it would wait, a scalar tensor.
-        add: Adds a multiple of u v^T to a gradient; until the next terms are computed.
+        u: Shape ``(m,)``. Like v, it may be a view that changes with the next terms.
+        v: Shape ``(n,)``.
+        add: Adds a multiple of u v^T to a gradient.
     """
 
     sigma: float | Tensor
+    u: Tensor
+    v: Tensor
     add: Adder
 
 
@@ -78,7 +82,7 @@ class SubspaceIteration:
         self.n_products = n_products
         self.n_vectors = n_vectors
         self.seed = seed
-        # By name, but fresher in the batches for the weights that are in one.
+        # Of the weights that are in no batch.
         self._vectors = dict(vectors or {})
         self._batches: list[_Batch] = []
         self._arrangement: list[tuple[str, int]] = []
@@ -87,9 +91,11 @@ class SubspaceIteration:
         """Return the next terms, and keep the vectors for the ones after."""
         arrangement = [(target.name, target.parameter.data_ptr()) for target in targets]
         if arrangement != self._arrangement:  # other weights, or weights that were moved
-            self._vectors = self._by_name(targets)
-            self._batches = _batches(targets, self._vectors)
+            vectors = self._by_name(targets)
+            self._batches = _batches(targets, vectors)
             self._arrangement = arrangement
+            batched = dict(arrangement)
+            self._vectors = {name: pair for name, pair in vectors.items() if name not in batched}
         return _iterated(self._batches, self.n_products)
 
     def peek(self, targets: Sequence[Target]) -> list[Term]:
@@ -168,6 +174,91 @@ class SubspaceIteration:
             "left": starting_vectors(k // 2, m, self.seed, f"left of {target.name}"),
             "right": starting_vectors(k, n, self.seed, target.name),
         }
+
+
+class Held:
+    """The terms of another estimator, each used for several steps.
+
+    In between nothing is computed. A term is then the gradient for the weights of a few steps
+    ago, where that of the estimator itself is the gradient for the weights as they are.
+
+    Args:
+        estimator: Where terms come from.
+        n_steps: For how many steps they are used.
+        age: For how many the held ones have been used.
+        terms: The held ones, by parameter name.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        n_steps: int,
+        age: int = 0,
+        terms: Mapping[str, Term] | None = None,
+    ) -> None:
+        self.estimator = estimator
+        self.n_steps = n_steps
+        self._age = age
+        self._terms = dict(terms or {})
+
+    def advance(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the held terms, or at the end of their time those of the estimator."""
+        if self._is_due(targets):
+            terms = self.estimator.advance(targets)
+            names = [target.name for target in targets]
+            self._terms = dict(zip(names, terms, strict=True))
+            self._age = 0
+        self._age += 1
+        return [self._terms[target.name] for target in targets]
+
+    def peek(self, targets: Sequence[Target]) -> list[Term]:
+        """Return the terms that ``advance`` would return, and change nothing."""
+        if self._is_due(targets):
+            return self.estimator.peek(targets)
+        return [self._terms[target.name] for target in targets]
+
+    def _is_due(self, targets: Sequence[Target]) -> bool:
+        if self._age % self.n_steps == 0:
+            return True
+        held = (self._terms.get(name) for name, _, _ in targets)
+        return any(
+            term is None or term.u.device != parameter.device
+            for term, (_, parameter, _) in zip(held, targets, strict=True)
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.estimator!r}, used for {self.n_steps} steps"
+
+    def state_dict(self) -> dict[str, Vectors]:
+        """Return the estimator's state, and beside it the held terms and their age."""
+        state = self.estimator.state_dict()
+        for name, (sigma, u, v, _) in self._terms.items():
+            held = {"sigma": torch.as_tensor(sigma, dtype=torch.float64), "u": u, "v": v}
+            held |= {"age": torch.tensor(self._age)}
+            state[name] = {**state[name], **{key: part.clone() for key, part in held.items()}}
+        return state
+
+    def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
+        """Return an estimator in a saved state.
+
+        Args:
+            state: From ``state_dict()``.
+            targets: The weights that will be asked for.
+
+        Returns:
+            A new estimator; this one is left alone.
+
+        Raises:
+            ValueError: A vector or a held term does not fit.
+        """
+        targets = list(targets)
+        terms, age = {}, 0
+        for target in targets:
+            entry = state.get(target.name)
+            if isinstance(entry, Mapping) and "u" in entry:
+                terms[target.name], age = _checked_held(target, entry)
+        vectors = {name: _without_held(entry) for name, entry in state.items()}
+        return type(self)(self.estimator.restored(vectors, targets), self.n_steps, age, terms)
 
 
 class ExactSVD:
@@ -249,7 +340,8 @@ class _Batch:
         for product in self._products[right]:
             product()
         sigma = self._subspaces.step()
-        return map(Term, sigma.tolist() if sigma.is_cpu else sigma.unbind(), self._adders[right])
+        sigmas = sigma.tolist() if sigma.is_cpu else sigma.unbind()
+        return map(Term, sigmas, *self._subspaces.pairs[right], self._adders[right])
 
     def vectors(self) -> dict[str, Vectors]:
         """Return the vectors by name, as views."""
@@ -295,7 +387,11 @@ def _next_is_right(pair: Vectors) -> bool:
 def _exact_term(target: Target) -> Term:
     matrix = target.view.matrix(target.parameter.detach()).double()
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Term(float(sigma[0]), target.view.adder(target.parameter, u[:, 0].contiguous(), vh[0]))
+    return _term(target, float(sigma[0]), u[:, 0].contiguous(), vh[0])
+
+
+def _term(target: Target, sigma: float | Tensor, u: Tensor, v: Tensor) -> Term:
+    return Term(sigma, u, v, target.view.adder(target.parameter, u, v))
 
 
 def _at_least_float32(weight: Tensor) -> torch.dtype:
@@ -331,3 +427,28 @@ def _checked_vectors(name: str, vectors: object, shape: tuple[int, int], n_vecto
     if not all(part.isfinite().all() and part.any(dim=1).all() for part in parts):
         raise ValueError(f"{expected} some that are zero or not finite; {remedy}")
     return {side: vectors[side].detach().clone() for side in ("left", "right")}
+
+
+def _without_held(entry: object) -> object:
+    """Return the part of an entry that is the estimator's own."""
+    if not isinstance(entry, Mapping):
+        return entry
+    return {key: part for key, part in entry.items() if key not in ("sigma", "u", "v", "age")}
+
+
+def _checked_held(target: Target, entry: Mapping[str, object]) -> tuple[Term, int]:
+    """Return a saved term with its age, or say what is wrong with it."""
+    m, n = target.view.shape(target.parameter)
+    parts: dict[str, Tensor] = {}
+    for key, shape in {"sigma": (), "u": (m,), "v": (n,), "age": ()}.items():
+        part = entry.get(key)
+        if not isinstance(part, Tensor) or part.shape != shape or not part.isfinite().all():
+            raise ValueError(
+                f"expected the held {key!r} of {target.name!r} to be a finite tensor of shape "
+                f"{shape}, found {part!r}; load a state dict of this model, or delete its "
+                "'snr_hooks' entry"
+            )
+        parts[key] = part.detach().clone()
+    device, dtype = target.parameter.device, _at_least_float32(target.parameter)
+    u, v = parts["u"].to(device, dtype), parts["v"].to(device, dtype)
+    return _term(target, float(parts["sigma"]), u, v), int(parts["age"])

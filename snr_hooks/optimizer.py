@@ -20,7 +20,7 @@ from snr_hooks.checks import (
     saved_vectors,
 )
 from snr_hooks.discovery import Discovery, Selection, Skipped, Target, discover, linear_maps
-from snr_hooks.estimators import Estimator, ExactSVD, SubspaceIteration
+from snr_hooks.estimators import Estimator, ExactSVD, Held, SubspaceIteration
 from snr_hooks.hooks import GradientHooks
 from snr_hooks.term import SpectralTerm
 
@@ -57,10 +57,10 @@ class SNROptimizer(Optimizer):
             wins, also one that a loaded state dict has brought.
         include: Shell patterns on parameter names, or a predicate; see ``discover``.
         exclude: Likewise; it wins over ``include``.
-        n_power_iterations: Power iterations per step, a multiple of 0.5. Half an iteration is
-            one product with each weight.
-        n_vectors: Vectors per weight. More are more accurate and take more time and memory; a
-            single one with 0.5 iterations costs hardly more than weight decay.
+        n_power_iterations: Power iterations per step. Half an iteration is one product with each
+            weight; multiples of 0.5 take more. 0.5 / k takes one every k steps and uses sigma, u
+            and v for all of them: cheaper, and up to k - 1 steps late.
+        n_vectors: Vectors per weight. More are more accurate and take more time and memory.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
             term is scaled with the loss, so that unscaling restores lambda. A deep copy of
@@ -103,7 +103,7 @@ class SNROptimizer(Optimizer):
         # detach from those of the wrapped optimizer at the first load_state_dict().
         _check_optimizer(optimizer)
         strength = checked_strength(lambda_, "lambda_")
-        n_products = checked_products(n_power_iterations)
+        n_products, n_steps = checked_products(n_power_iterations)
         n_vectors = checked_int(n_vectors, "n_vectors", at_least=1)
         seed = checked_int(seed, "seed", at_least=0)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
@@ -111,9 +111,11 @@ class SNROptimizer(Optimizer):
                 f"expected scaler to be a torch.amp.GradScaler, found {type(scaler).__name__}: "
                 "if it wraps one, as timm's NativeScaler does, pass the inner one"
             )
-        estimator: Estimator = (
-            ExactSVD() if exact else SubspaceIteration(n_products, n_vectors, seed)
-        )
+        estimator: Estimator = SubspaceIteration(n_products, n_vectors, seed)
+        if exact:
+            estimator = ExactSVD()
+        elif n_steps > 1:
+            estimator = Held(estimator, n_steps)
         self.optimizer = optimizer
         self.skipped: tuple[Skipped, ...] = ()
         self._model = model

@@ -56,7 +56,8 @@ def test_bad_lambda_set_between_steps_is_refused_in_backward():
 @pytest.mark.parametrize(
     ("value", "error"),
     [
-        *((0, ValueError), (-3, ValueError), (0.25, ValueError), (math.nan, ValueError)),
+        *((0, ValueError), (-3, ValueError), (0.3, ValueError), (0.75, ValueError)),
+        (math.nan, ValueError),
         *((math.inf, ValueError), ("1", TypeError), (True, TypeError)),
     ],
 )
@@ -286,6 +287,26 @@ def assert_same_vectors(state, expected):
     for name, pair in expected["snr_hooks"]["vectors"].items():
         for side in ("left", "right"):
             assert torch.equal(state["snr_hooks"]["vectors"][name][side], pair[side])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("sigma", torch.tensor(math.nan)), ("sigma", None), ("u", torch.ones(5))),
+        *(("v", torch.full((6,), math.inf)), ("age", torch.ones(2))),
+    ],
+)
+def test_a_state_dict_with_a_bad_held_term_changes_nothing(key, value):
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, n_power_iterations=0.125)
+    model(model.example).sum().backward()
+    opt.step()
+    before = copy.deepcopy(opt.state_dict())
+    state = copy.deepcopy(before)
+    state["snr_hooks"]["vectors"]["body.0.weight"][key] = value
+    with pytest.raises(ValueError, match=rf"the held '{key}' of 'body\.0\.weight' to be a finite"):
+        opt.load_state_dict(state)
+    assert_same_vectors(opt.state_dict(), before)
 
 
 @pytest.mark.parametrize("entry", [None, [], {"v": {}}, {"vectors": []}])

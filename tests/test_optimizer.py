@@ -256,13 +256,26 @@ def test_a_weight_unfrozen_later_is_regularized_from_the_next_zero_grad_on(throu
 
 
 @pytest.mark.parametrize("make", [sgd, adamw])
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"exact": True},
+        {"n_vectors": 1},
+        {"n_vectors": 4, "n_power_iterations": 1},
+        {"n_vectors": 1, "n_power_iterations": 0.125},
+        {"n_power_iterations": 0.25},
+    ],
+)
 @pytest.mark.parametrize("model_first", [False, True])
-def test_save_load_continue_is_bitwise_the_same_as_not_stopping(tmp_path, make, exact, model_first):
+@pytest.mark.parametrize("n_steps", [5, 6])
+def test_save_load_continue_is_bitwise_the_same_as_not_stopping(
+    tmp_path, make, options, model_first, n_steps
+):
     model = build("convolutions", torch.float32)
     model.example[:] = torch.randn(model.example.shape)
-    opt = wrap(model, make, exact=exact)
-    train(model, opt, 5)
+    opt = wrap(model, make, **options)
+    train(model, opt, n_steps)
     torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, tmp_path / "c.pt")
     train(model, opt, 5)
 
@@ -270,7 +283,7 @@ def test_save_load_continue_is_bitwise_the_same_as_not_stopping(tmp_path, make, 
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     if model_first:
         resumed.load_state_dict(saved["model"])
-    opt = wrap(resumed, make, exact=exact)
+    opt = wrap(resumed, make, **options)
     opt.load_state_dict(saved["optimizer"])
     resumed.load_state_dict(saved["model"])
     train(resumed, opt, 5)

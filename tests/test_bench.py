@@ -1,0 +1,165 @@
+"""The benchmark and the frontier at toy size: what they report is what was measured."""
+
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from recipes import bench, frontier
+from recipes.recipe import Recipe
+from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS
+from snr_hooks import SNROptimizer, discover
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(
+        bench, "MODELS", {"test_resnet": (32, 4, {}), "test_vit": (32, 4, {"img_size": 32})}
+    )
+
+
+def test_the_whole_benchmark_runs_and_writes_its_report(tiny, tmp_path, capsys):
+    bench.main(
+        [
+            "--repetitions",
+            "2",
+            "--largest",
+            "1",
+            "--output",
+            str(tmp_path),
+            "--models",
+            *bench.MODELS,
+        ]
+    )
+    result = json.loads((tmp_path / "bench.json").read_text())
+    for model in bench.MODELS:
+        assert result["own_work"][model].keys() == SETTINGS.keys()
+        for found in result["own_work"][model].values():
+            assert 0 < found["low"] <= found["ratio"] <= found["high"]
+        assert result["whole_step"][model]["none"]["milliseconds"] > 0
+        assert {DEFAULT, ECONOMICAL, "spectral_norm"} < result["whole_step"][model].keys()
+    text = (tmp_path / "bench.md").read_text()
+    assert text in capsys.readouterr().out
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_hooked_step_adds_every_term_once():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    optimizer = bench.wrapped(model, {})
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.param_groups[0]["snr_lambda"] = 1.0
+    norms = optimizer.spectral_norms()
+    bench.hooked_step(optimizer)()
+    for name, p in model.named_parameters():
+        added = (p.grad - before[name]).norm().item()
+        assert added == pytest.approx(norms.get(name, 0.0), rel=1e-5)
+
+
+def test_methods_train_with_the_same_penalty():
+    """One step of each method moves the weights by the same penalty, or by none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 1000))
+    for penalty in (bench.power_penalty(model), bench.exact_penalty(model)):
+        for _ in range(60):
+            value = penalty()
+        sigma = torch.linalg.matrix_norm(model[1].weight.detach(), 2)
+        assert value.item() == pytest.approx(bench.STRENGTH / 2 * sigma.item() ** 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["none", "spectral_norm", "weight decay", *SETTINGS])
+def test_a_training_step_leaves_the_model_it_was_given_alone(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 1000))
+    before = [p.clone() for p in model.parameters()]
+    step = bench.training_step(model, method, 4, 2)
+    assert step() > step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_memory_counts_what_the_wrapper_keeps():
+    model = nn.Linear(300, 200, bias=False)
+    found = bench.memory(model, {"n_vectors": 2})
+    # Two vectors and room for two products on each side, in float32, and small change.
+    assert found["state_percent"] == pytest.approx(100 * 2 * 2 * 500 / (300 * 200), rel=0.1)
+    assert 0 < found["largest_temporary_percent"] < 10
+    assert found["weights"] == 1
+
+
+def test_no_temporary_is_as_large_as_a_weight():
+    for name in ("resnet18", "vit_small_patch16_224"):
+        model = timm.create_model(name)
+        for setting in (ECONOMICAL, DEFAULT):
+            found = bench.memory(model, SETTINGS[setting])
+            assert found["largest_temporary_percent"] < 60
+            assert found["state_percent"] < 2
+
+
+def test_operators_outside_products_do_not_grow_with_the_number_of_weights():
+    counts = []
+    for n_weights in (10, 30):
+        model = nn.ModuleList([nn.Linear(16, 16, bias=False) for _ in range(n_weights)])
+        counts.append(bench.memory(model, {})["operators"])
+    # For each weight the product, with its views, and the addition.
+    assert counts[1] - counts[0] <= 20 * 6
+
+
+def test_a_watcher_sees_what_the_hooks_would_use():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
+    watcher = frontier.Watcher(model, {"n_vectors": 1})
+    twin = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, n_vectors=1)
+    for _ in range(4):
+        watcher.follow(model)
+        assert watcher.optimizer.spectral_norms() == twin.spectral_norms()
+        watcher.advance()
+        twin.zero_grad()
+        (sum(p.sum() for p in model.parameters()) * 0).backward()
+        twin.step()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.01 * torch.randn_like(p)
+
+
+def test_errors_are_relative_to_the_exact_norm():
+    model = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(torch.tensor([4.0, 1.0])))
+    [target] = discover(model).targets
+    assert frontier.errors({target.name: 3.0}, model) == [pytest.approx(0.25)]
+    assert frontier.summary([[0.0, 0.1], [0.2, 0.3]]) == pytest.approx(
+        {"median": 15, "p95": 28.5, "worst": 30}
+    )
+
+
+def test_the_frontier_runs_goes_on_and_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(frontier, "TRAININGS", [("digits", "sgd", 0.1)])
+    monkeypatch.setattr(frontier, "read", lambda name: {"data": name, "subset": 256, "epochs": 2})
+    monkeypatch.setattr(frontier, "SETTINGS", {key: SETTINGS[key] for key in (ECONOMICAL, DEFAULT)})
+    monkeypatch.setattr(frontier, "DRIVERS", [ECONOMICAL])
+    costs = {key: {"ratio": 1.5 + i} for i, key in enumerate((ECONOMICAL, DEFAULT))}
+    (tmp_path / "bench.json").write_text(json.dumps({"own_work": {"resnet18": costs}}))
+    arguments = ["--output", str(tmp_path / "out"), "--bench", str(tmp_path / "bench.json")]
+    frontier.main(arguments)
+    path = tmp_path / "out" / "digits-sgd-0.1.json"
+    result = json.loads(path.read_text())
+    assert result["watching"].keys() == {ECONOMICAL, DEFAULT}
+    assert result["driving"].keys() == {ECONOMICAL}
+    assert len(result["loss"]["exact SVD"]) == 2
+    assert "digits-sgd-0.1" in capsys.readouterr().out
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    # Only what is missing is run again.
+    del result["driving"][ECONOMICAL]
+    path.write_text(json.dumps(result))
+    monkeypatch.setattr(frontier, "watch", lambda *_: pytest.fail("ran again"))
+    frontier.main(arguments)
+    assert json.loads(path.read_text())["driving"].keys() == {ECONOMICAL}
+
+
+def test_driving_records_what_its_own_term_is_made_with():
+    recipe = Recipe(subset=128, epochs=1, batch_size=64)
+    looks, losses = frontier.drive(recipe, {"n_vectors": 1})
+    assert len(looks) == 1
+    assert len(losses) == 1
+    assert all(0 <= error < 1 for error in looks[0])
