@@ -22,7 +22,7 @@ waits for the device.
 import hashlib
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -126,12 +126,19 @@ class Rows:
         if unknown.is_cpu and not unknown.any():
             return
         h = unknown.shape[1]
-        parts = zip(self.tensors, self.split(unknown), self.lengths, strict=True)
-        for tensor, part, lengths in parts:
-            n = torch.tensor(lengths, device=tensor.device)[:, None, None]
-            inside = torch.arange(tensor.shape[2], device=tensor.device) < n
-            fixed = signs(h, tensor.shape[2]).to(tensor) * inside * n.rsqrt()
-            tensor[:, :h] = torch.where(part[..., None], fixed, tensor[:, :h])
+        for tensor, part, fixed in zip(
+            self.tensors, self.split(unknown[..., None]), self._fixed, strict=True
+        ):
+            tensor[:, :h] = torch.where(part, fixed[:, :h], tensor[:, :h])
+
+    @cached_property
+    def _fixed(self) -> list[Tensor]:
+        """Unit vectors of signs, laid out like these; made only if they are needed."""
+        fixed = [torch.zeros_like(tensor) for tensor in self.tensors]
+        for part in self._parts(fixed):
+            k, n = part.shape
+            part.copy_(signs(k, n) / math.sqrt(n))
+        return fixed
 
 
 class Ritz(NamedTuple):
@@ -328,7 +335,6 @@ class Subspaces:
         return ritz.sigma
 
 
-@cache
 def signs(k: int, n: int) -> Tensor:
     """Return k rows of n signs without a pattern that a weight is likely to annihilate."""
     multiples = torch.arange(1, k + 1)[:, None] * torch.arange(1, n + 1) * (math.sqrt(5) - 1) / 2
