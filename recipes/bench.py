@@ -1,8 +1,9 @@
 """What the term costs, next to weight decay: ``python -m recipes.bench``.
 
-All times are medians over interleaved repetitions in this one process, and all figures but
-milliseconds are ratios of such times; the spread is that of the middle 80 percent. Nothing
-here asserts a time. Compare figures within a run only.
+What is compared is timed in turn, in this one process. A repetition is a cycle of eight steps, so
+that settings that do not do the same in every step are timed as a whole; the figures are medians
+over repetitions, the spread is that of the middle 80 percent. Nothing here asserts a time. Compare
+figures within a run only.
 """
 
 import argparse
@@ -43,6 +44,9 @@ MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
 STRENGTH = 1e-6
 """lambda: small enough that hundreds of terms without a step in between leave finite gradients."""
 
+CYCLE = 8
+"""Steps that are timed together: as many as it takes until all settings do the same again."""
+
 Times = dict[str, list[float]]
 
 
@@ -74,6 +78,11 @@ def measure(
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def cycles(times: Sequence[float]) -> list[float]:
+    """Return the mean time over each full cycle."""
+    return [statistics.mean(times[i : i + CYCLE]) for i in range(0, len(times), CYCLE)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -134,15 +143,10 @@ def own_work(
     found = {}
     for name, setting in settings.items():
         optimizer = wrapped(model, setting)
-        functions = {
-            "weight decay": weight_decay(optimizer),
-            "step on one side": hooked_step(optimizer),
-            "weight decay again": weight_decay(optimizer),
-            "step on the other side": hooked_step(optimizer),
-        }
-        times = measure(functions, repetitions)
-        floor, here, again, there = times.values()
-        ratios = [(b + d) / (a + c) for a, b, c, d in zip(floor, here, again, there, strict=True)]
+        functions = {"floor": weight_decay(optimizer), "step": hooked_step(optimizer)}
+        times = measure(functions, CYCLE * repetitions, warm_up=CYCLE)
+        floor, steps = cycles(times["floor"]), cycles(times["step"])
+        ratios = [step / decay for decay, step in zip(floor, steps, strict=True)]
         found[name] = spread(ratios) | {"floor_ms": statistics.median(floor) * 1e3}
         optimizer.remove()
     return found
@@ -217,13 +221,13 @@ def whole_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
     size, batch, _ = MODELS[name]
     methods = ["weight decay", ECONOMICAL, DEFAULT, "penalty, power iteration", "spectral_norm"]
     steps = {method: training_step(model, method, size, batch) for method in ["none", *methods]}
-    times = measure(steps, repetitions)
+    times = measure(steps, CYCLE * repetitions)
     base = statistics.median(times["none"])
     found: dict[str, Any] = {"none": {"milliseconds": base * 1e3}}
     for method in methods:
         added = [
             100 * (after - before) / base
-            for before, after in zip(times["none"], times[method], strict=True)
+            for before, after in zip(cycles(times["none"]), cycles(times[method]), strict=True)
         ]
         found[method] = spread(added)
     exact = measure({"": training_step(model, "penalty, exact SVD", size, batch)}, 1, warm_up=0)
@@ -276,18 +280,18 @@ def memory(model: nn.Module, setting: dict[str, Any]) -> dict[str, float]:
     optimizer = wrapped(model, setting)
     gradients = {_storage(p.grad) for p in model.parameters() if p.grad is not None}
     step = hooked_step(optimizer)
-    for _ in range(2):
+    for _ in range(CYCLE):
         step()
     after = _tensors_alive()
     kept = sum(size for place, size in after.items() if place not in before.keys() | gradients)
     with Allocations() as allocations:
-        step()
-        step()  # on the other side
+        for _ in range(CYCLE):
+            step()
     weights = [target.parameter for target in optimizer.targets]
     found = {
         "state_percent": 100 * kept / sum(p.nbytes for p in model.parameters()),
         "largest_temporary_percent": 100 * allocations.largest / max(w.nbytes for w in weights),
-        "operators": allocations.operators // 2,
+        "operators": round(allocations.operators / CYCLE),
         "weights": len(weights),
     }
     if torch.cuda.is_available():
@@ -317,7 +321,7 @@ def growth(repetitions: int, largest: int) -> dict[str, Any]:
             _grow(by_parameters, millions * 1e6, side, 50, repetitions)
     by_weights: dict[str, list[tuple[float, float]]] = {}
     for count in (10, 30, 100, 300, 500):
-        _grow(by_weights, count, 16, count, 5 * repetitions)
+        _grow(by_weights, count, 16, count, 3 * repetitions)
     slopes = {
         name: 1e3 * (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
         for name, points in by_weights.items()
@@ -336,9 +340,9 @@ def _grow(
     for name in (ECONOMICAL, DEFAULT):
         optimizer = wrapped(model, SETTINGS[name])
         functions = {"weight decay": weight_decay(optimizer), name: hooked_step(optimizer)}
-        for key, times in measure(functions, repetitions).items():
+        for key, times in measure(functions, CYCLE * repetitions, warm_up=CYCLE).items():
             if key == name or name == ECONOMICAL:
-                points.setdefault(key, []).append((x, 1e3 * statistics.median(times)))
+                points.setdefault(key, []).append((x, 1e3 * statistics.median(cycles(times))))
         optimizer.remove()
 
 
@@ -408,7 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.bench", description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--repetitions", type=int, default=5, help=f"of {CYCLE} steps each")
     parser.add_argument("--largest", type=int, default=600, help="millions of parameters in (e)")
     parser.add_argument("--parts", default="abcde", help="which of (a) to (e)")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
@@ -434,7 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 parameter.grad = None
             bench["whole_step"][name] = whole_step(name, model, options.repetitions)
     if "e" in options.parts:
-        bench["growth"] = growth(max(options.repetitions // 4, 3), options.largest)
+        bench["growth"] = growth(max(options.repetitions // 2, 1), options.largest)
     (options.output / "bench.json").write_text(json.dumps(bench, indent=1))
     text = table(bench)
     (options.output / "bench.md").write_text(text)

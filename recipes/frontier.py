@@ -31,7 +31,14 @@ from snr_hooks import SNROptimizer, spectra
 EVERY = 5
 """Steps between two looks."""
 
-DRIVERS = [ECONOMICAL, "1 vector", DEFAULT, "4 vectors", "8 vectors"]
+DRIVERS = [
+    ECONOMICAL,
+    "1 vector",
+    "1 vector, full iteration",
+    DEFAULT,
+    "4 vectors",
+    "8 vectors",
+]
 """Settings that also drive a training of their own."""
 
 TRAININGS = [

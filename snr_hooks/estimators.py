@@ -85,16 +85,16 @@ class SubspaceIteration:
         # Of the weights that are in no batch.
         self._vectors = dict(vectors or {})
         self._batches: list[_Batch] = []
-        self._arrangement: list[tuple[str, int]] = []
+        self._arrangement: list[tuple[str, int, tuple[int, ...]]] = []
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the next terms, and keep the vectors for the ones after."""
-        arrangement = [(target.name, target.parameter.data_ptr()) for target in targets]
+        arrangement = [(name, p.data_ptr(), p.stride()) for name, p, _ in targets]
         if arrangement != self._arrangement:  # other weights, or weights that were moved
             vectors = self._by_name(targets)
             self._batches = _batches(targets, vectors)
             self._arrangement = arrangement
-            batched = dict(arrangement)
+            batched = {name for name, _, _ in arrangement}
             self._vectors = {name: pair for name, pair in vectors.items() if name not in batched}
         return _iterated(self._batches, self.n_products)
 
@@ -257,8 +257,8 @@ class Held:
             entry = state.get(target.name)
             if isinstance(entry, Mapping) and "u" in entry:
                 terms[target.name], age = _checked_held(target, entry)
-        vectors = {name: _without_held(entry) for name, entry in state.items()}
-        return type(self)(self.estimator.restored(vectors, targets), self.n_steps, age, terms)
+        estimator = self.estimator.restored(state, targets)
+        return type(self)(estimator, self.n_steps, age, terms)
 
 
 class ExactSVD:
@@ -416,7 +416,7 @@ def _checked_vectors(name: str, vectors: object, shape: tuple[int, int], n_vecto
         f"{allowed[0][0]} and {allowed[0][1]}, or {allowed[1][0]} and {allowed[1][1]}, found"
     )
     remedy = "load a state dict of this model and this n_vectors, or delete its 'snr_hooks' entry"
-    if not isinstance(vectors, Mapping) or vectors.keys() != {"left", "right"}:
+    if not isinstance(vectors, Mapping) or not vectors.keys() >= {"left", "right"}:
         raise ValueError(f"{expected} a {type(vectors).__name__}; {remedy}")
     parts = [vectors["left"], vectors["right"]]
     if not all(isinstance(part, Tensor) for part in parts):
@@ -429,26 +429,26 @@ def _checked_vectors(name: str, vectors: object, shape: tuple[int, int], n_vecto
     return {side: vectors[side].detach().clone() for side in ("left", "right")}
 
 
-def _without_held(entry: object) -> object:
-    """Return the part of an entry that is the estimator's own."""
-    if not isinstance(entry, Mapping):
-        return entry
-    return {key: part for key, part in entry.items() if key not in ("sigma", "u", "v", "age")}
-
-
 def _checked_held(target: Target, entry: Mapping[str, object]) -> tuple[Term, int]:
     """Return a saved term with its age, or say what is wrong with it."""
     m, n = target.view.shape(target.parameter)
+    remedy = "load a state dict of this model, or delete its 'snr_hooks' entry"
     parts: dict[str, Tensor] = {}
     for key, shape in {"sigma": (), "u": (m,), "v": (n,), "age": ()}.items():
         part = entry.get(key)
         if not isinstance(part, Tensor) or part.shape != shape or not part.isfinite().all():
             raise ValueError(
                 f"expected the held {key!r} of {target.name!r} to be a finite tensor of shape "
-                f"{shape}, found {part!r}; load a state dict of this model, or delete its "
-                "'snr_hooks' entry"
+                f"{shape}, found {part!r}; {remedy}"
             )
         parts[key] = part.detach().clone()
+    sigma, age = float(parts["sigma"]), int(parts["age"])
+    norms = [float(parts[key].double().norm()) for key in ("u", "v")]
+    if sigma < 0 or age < 0 or not all(abs(norm - 1) < 1e-3 for norm in norms):
+        raise ValueError(
+            f"expected the held term of {target.name!r} to have sigma >= 0, age >= 0 and unit "
+            f"vectors, found {sigma}, {age} and vectors of norm {norms[0]} and {norms[1]}; {remedy}"
+        )
     device, dtype = target.parameter.device, _at_least_float32(target.parameter)
     u, v = parts["u"].to(device, dtype), parts["v"].to(device, dtype)
-    return _term(target, float(parts["sigma"]), u, v), int(parts["age"])
+    return _term(target, sigma, u, v), age

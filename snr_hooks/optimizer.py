@@ -232,9 +232,9 @@ class SNROptimizer(Optimizer):
     def _prepare_next_step(self) -> None:
         self._hooks.rearm()
         self._term.outdate()
-        regrouped = self._term.index_groups()
+        self._term.index_groups()
         unfrozen = any(weight.requires_grad for weight in self._frozen)
-        if (regrouped or unfrozen) and not self._removed:
+        if (self._term.regrouped or unfrozen) and not self._removed:
             self._adopt_targets()
 
     def _check_parameters(self) -> None:
@@ -308,6 +308,7 @@ class SNROptimizer(Optimizer):
         names = known | {target.name for target in new}
         self.skipped = tuple(skip for skip in found.skipped if skip.name not in names)
         self._locate_targets()
+        self._term.regrouped = False
 
     def _discover(self) -> Discovery:
         """Discover, less what the optimizer does not hold."""

@@ -137,7 +137,7 @@ class Rows:
         fixed = [torch.zeros_like(tensor) for tensor in self.tensors]
         for part in self._parts(fixed):
             k, n = part.shape
-            part.copy_(signs(k, n) / math.sqrt(n))
+            part.copy_(signs(k, n).double() / math.sqrt(n))
         return fixed
 
 

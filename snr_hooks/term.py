@@ -33,17 +33,19 @@ class SpectralTerm:
         self._optimizer = optimizer
         self._terms: dict[str, tuple[int, Term]] = {}
         self._group_of: dict[int, int] = {}
+        self.regrouped = False
+        """Whether parameters have come or gone since this was last set to False."""
         self.index_groups()
 
-    def index_groups(self) -> bool:
-        """Look up which param group holds which parameter; return whether others are held."""
+    def index_groups(self) -> None:
+        """Look up which param group holds which parameter; note whether others are held."""
         before = self._group_of.keys()
         self._group_of = {
             id(parameter): i
             for i, group in enumerate(self._optimizer.param_groups)
             for parameter in group["params"]
         }
-        return self._group_of.keys() != before
+        self.regrouped |= self._group_of.keys() != before
 
     def holds(self, parameter: Tensor) -> bool:
         """Return whether the optimizer updates the parameter."""

@@ -266,6 +266,8 @@ def good_pair():
         (good_pair() | {"right": torch.ones(4, 6)}, r"found \(1, 8\) and \(4, 6\)"),
         (good_pair() | {"left": torch.ones(2, 8)}, r"found \(2, 8\) and \(2, 6\)"),
         (good_pair() | {"left": torch.zeros(1, 8)}, "zero or not finite"),
+        (good_pair() | {"right": torch.ones(2, 6).tril(-6)}, "zero or not finite"),
+        (good_pair() | {"right": torch.tensor([[1.0] * 6, [0.0] * 6])}, "zero or not finite"),
         (good_pair() | {"right": torch.full((2, 6), math.nan)}, "zero or not finite"),
         (good_pair() | {"right": [[1.0] * 6] * 2}, "found no tensors"),
         ({"right": torch.eye(6)[:2]}, "found a dict"),
@@ -294,6 +296,7 @@ def assert_same_vectors(state, expected):
     [
         *(("sigma", torch.tensor(math.nan)), ("sigma", None), ("u", torch.ones(5))),
         *(("v", torch.full((6,), math.inf)), ("age", torch.ones(2))),
+        *(("sigma", torch.tensor(-5.0)), ("age", torch.tensor(-7)), ("u", torch.ones(8))),
     ],
 )
 def test_a_state_dict_with_a_bad_held_term_changes_nothing(key, value):
@@ -304,7 +307,7 @@ def test_a_state_dict_with_a_bad_held_term_changes_nothing(key, value):
     before = copy.deepcopy(opt.state_dict())
     state = copy.deepcopy(before)
     state["snr_hooks"]["vectors"]["body.0.weight"][key] = value
-    with pytest.raises(ValueError, match=rf"the held '{key}' of 'body\.0\.weight' to be a finite"):
+    with pytest.raises(ValueError, match=r"the held .* of 'body\.0\.weight' to"):
         opt.load_state_dict(state)
     assert_same_vectors(opt.state_dict(), before)
 

@@ -222,3 +222,150 @@ def test_channels_last_weights_take_the_same_path():
             opt.step()
         grads.append(model.weight.grad.contiguous())
     torch.testing.assert_close(*grads)
+
+
+def backward(model):
+    (sum(p.sum() for p in model.parameters()) * 0).backward()
+
+
+def test_loading_a_state_outdates_the_terms():
+    layer = nn.Linear(6, 5, bias=False)
+    opt = SNROptimizer(sgd(layer), layer, 1.0)
+    backward(layer)
+    state = copy.deepcopy(opt.state_dict())
+    opt.step()
+    backward(layer)
+    for part in state["snr_hooks"]["vectors"]["weight"].values():
+        part.normal_(generator=torch.Generator().manual_seed(0))
+    opt.load_state_dict(state)
+    layer.zero_grad()
+    expected = opt.spectral_norms()["weight"]
+    backward(layer)
+    assert layer.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_optimizer_that_writes_through_data_gets_new_terms():
+    class Old(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data.mul_(3)
+
+    layer = nn.Linear(6, 5, bias=False)
+    opt = SNROptimizer(Old(layer.parameters(), lr=0.1), layer, 1.0, n_vectors=4)
+    for _ in range(4):
+        opt.zero_grad()
+        backward(layer)
+        sigma = torch.linalg.svdvals(layer.weight.detach())[0].item()
+        assert layer.weight.grad.norm().item() == pytest.approx(sigma, rel=1e-2)
+        opt.step()
+
+
+def two_groups(model, second, **options):
+    groups = [
+        {"params": list(model.body[0].parameters())},
+        {"params": list(model.body[2].parameters()), "snr_lambda": second},
+    ]
+    return SNROptimizer(torch.optim.SGD(groups, lr=0.1), model, 1.0, **options)
+
+
+def test_a_term_computed_early_is_held_as_long_as_any_other():
+    model = build("mlp")
+    opt = two_groups(model, 0.0, n_power_iterations=0.125)
+    grads = []
+    for step in range(6):
+        if step == 2:
+            opt.param_groups[1]["snr_lambda"] = 1.0  # computes all terms; four steps start here
+        opt.zero_grad()
+        backward(model)
+        grads.append(model.body[0].weight.grad.clone())
+        with torch.no_grad():
+            model.body[0].weight.add_(torch.randn(8, 6, dtype=torch.float64))
+        opt.step()
+    assert not torch.equal(grads[1], grads[2])
+    for later in grads[3:]:
+        assert torch.equal(grads[2], later)
+
+
+def test_a_saved_state_with_held_terms_is_a_snapshot():
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=0.25)
+    train(model, opt, 2)
+    vectors = opt.state_dict()["snr_hooks"]["vectors"]
+    before = copy.deepcopy(vectors)
+    train(model, opt, 6)
+    for name, parts in before.items():
+        for key, part in parts.items():
+            assert torch.equal(vectors[name][key], part)
+
+
+def test_a_group_that_is_off_and_a_frozen_weight_cost_nothing():
+    model = build("mlp")
+    opt = two_groups(model, 0.0)
+    train(model, opt, 3)
+    assert opt.state_dict()["snr_hooks"]["vectors"].keys() == {"body.0.weight"}
+    opt.param_groups[1]["snr_lambda"] = 1.0
+    train(model, opt, 1)
+    model.body[2].weight.requires_grad_(False)
+    before = opt.state_dict()["snr_hooks"]["vectors"]["body.2.weight"]
+    train(model, opt, 3)
+    after = opt.state_dict()["snr_hooks"]["vectors"]["body.2.weight"]
+    for side, part in before.items():
+        assert torch.equal(after[side], part)
+
+
+@pytest.mark.parametrize("saved_with", [0.5, 0.125])
+@pytest.mark.parametrize("loaded_with", [0.5, 0.125, 1])
+def test_states_load_across_numbers_of_iterations(saved_with, loaded_with):
+    model = build("mlp", torch.float32)
+    opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=saved_with)
+    train(model, opt, 3)
+    state = copy.deepcopy(opt.state_dict())
+    double = copy.deepcopy(model).double()
+    opt = SNROptimizer(sgd(double), double, LAMBDA, n_power_iterations=loaded_with)
+    opt.load_state_dict(state)
+    train(double, opt, 5)
+    for parts in opt.state_dict()["snr_hooks"]["vectors"].values():
+        assert {part.dtype for key, part in parts.items() if key != "age"} == {torch.float64}
+
+
+@pytest.mark.parametrize("way", ["setter", "load", "copy"])
+def test_a_weight_that_joins_the_optimizer_in_any_way_is_regularized(way):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    opt = SNROptimizer(torch.optim.SGD(model[0].parameters(), lr=0.1), model, 0.5)
+    second = list(model[1].parameters())
+    if way == "setter":
+        opt.param_groups = [opt.param_groups[0], {**opt.param_groups[0], "params": second}]
+    else:
+        opt.optimizer.add_param_group({"params": second, "snr_lambda": 0.5})
+    if way == "load":
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    elif way == "copy":
+        model, opt = copy.deepcopy((model, opt))
+    opt.zero_grad()
+    backward(model)
+    assert model[1].weight.grad.norm() > 0
+    assert len(opt.targets) == 2
+
+
+def test_assigned_groups_are_read_at_once():
+    model = build("mlp")
+    opt = two_groups(model, 2.0)
+    opt.param_groups = [dict(group) for group in reversed(opt.param_groups)]
+    backward(model)
+    norm = torch.linalg.matrix_norm(model.body[2].weight.detach(), 2).item()
+    assert model.body[2].weight.grad.norm().item() == pytest.approx(2 * norm, rel=1e-3)
+
+
+def test_a_weight_transposed_in_place_is_followed():
+    layer = nn.Linear(6, 6, bias=False)
+    opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.0), layer, 1.0, n_vectors=4)
+    for step in range(12):
+        if step == 3:
+            layer.weight.data = layer.weight.data.t()
+        opt.zero_grad()
+        backward(layer)
+        opt.step()
+    u, s, vh = torch.linalg.svd(layer.weight.detach())
+    torch.testing.assert_close(
+        layer.weight.grad, s[0] * torch.outer(u[:, 0], vh[0]), rtol=1e-2, atol=1e-3
+    )

@@ -207,6 +207,17 @@ def test_the_zero_matrix_gives_zero_and_recovers(dtype, shape, seed, scale, k):
     assert recovered == pytest.approx(top(matrix), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fixed_vectors_keep_sigma_a_lower_bound(dtype):
+    matrix = 2 * torch.eye(9, dtype=dtype)
+    for k in (1, 2, 4):
+        subspaces = start([matrix], k)
+        step(subspaces, [matrix * 0])
+        [(sigma, u, _)] = step(subspaces, [matrix])
+        assert sigma.item() <= 2 * (1 + 4 * torch.finfo(dtype).eps)
+        assert u.norm().item() == pytest.approx(1, rel=4 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_recovers_from_vectors_that_the_new_matrix_annihilates(k):
     matrix = torch.zeros(3, 4)
