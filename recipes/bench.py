@@ -152,6 +152,15 @@ def own_work(
     return found
 
 
+def exact_work(model: nn.Module) -> float:
+    """Measure (a) once for ``exact=True``: an SVD of every weight, over weight decay."""
+    optimizer = wrapped(model, {"exact": True})
+    floor = measure({"": weight_decay(optimizer)}, CYCLE)[""]
+    exact = measure({"": hooked_step(optimizer)}, 1, warm_up=0)[""]
+    optimizer.remove()
+    return exact[0] / statistics.median(floor)
+
+
 # --- (b) a whole training step ---
 
 
@@ -366,6 +375,8 @@ def table(bench: dict[str, Any]) -> str:
             for model in models
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    cells = [f"{ratio:.0f} (once)" for ratio in bench["exact_work"].values()]
+    lines.append("| exact SVD | " + " | ".join(cells) + " |")
     lines += ["", "(b) What a method adds to a whole training step, in percent of it:", ""]
     lines += ["| | " + " | ".join(bench["whole_step"]) + " |"]
     lines += ["|---" * (len(bench["whole_step"]) + 1) + "|"]
@@ -422,6 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "own_work": {},
+        "exact_work": {},
         "whole_step": {},
         "memory": {},
     }
@@ -429,6 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = timm.create_model(name, **MODELS[name][2])
         if "a" in options.parts:
             bench["own_work"][name] = own_work(model, SETTINGS, options.repetitions)
+            bench["exact_work"][name] = exact_work(model)
         if "c" in options.parts or "d" in options.parts:
             bench["memory"][name] = {
                 setting: memory(model, options_) for setting, options_ in SETTINGS.items()

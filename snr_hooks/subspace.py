@@ -166,8 +166,7 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> 
         gram: Inner products of the vectors, shape ``(L, k, k)``, float64.
         image_gram: Inner products of their images, likewise.
         n_best: How many to find, h.
-        eps: Rounding error of the vectors. Images a thousand times that fainter than the
-            best are taken for noise.
+        eps: Rounding error of the vectors, below which images are noise.
 
     Returns:
         The factors, in float64.
@@ -183,14 +182,19 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> 
     if not sound.is_cpu or not sound.all():
         shares = torch.where(sound, shares, _identity(gram))
     identity = _identity(gram)
-    cholesky, _ = torch.linalg.cholesky_ex(torch.add(gram, identity, alpha=_WHITENING))
+    cholesky, failed = torch.linalg.cholesky_ex(torch.add(gram, identity, alpha=_WHITENING))
+    if not failed.is_cpu or failed.any():  # then the vectors are taken as they are
+        cholesky = torch.where(failed[:, None, None] == 0, cholesky, identity)
     whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
     _, vectors = symmetric_eigen(whitening @ shares @ whitening.mT)
     best = vectors[..., -n_best:].flip(-1).mT @ whitening
-    squares = torch.linalg.vecdot(best @ gram, best)
+    # One, less what whitening took; near zero for directions that are noise, which stay short.
+    squares = torch.linalg.vecdot(best @ gram, best).clamp(min=1e-2)
     values = torch.linalg.vecdot(best @ image_gram, best) / squares
     best = best / squares.sqrt()[..., None]
-    informative = sound[..., 0] & (values > (1e3 * eps) ** 2 * size[..., 0])
+    # Whitening blows the rounding of the Gram matrices up by its inverse.
+    faintest = max((1e3 * eps) ** 2, 1e-9)
+    informative = sound[..., 0] & (values > faintest * size[..., 0])
     sigma = values.sqrt()
     images = best / torch.where(informative, sigma, 1)[..., None]
     return Ritz(sigma[:, 0], best, images, informative)

@@ -36,6 +36,7 @@ def test_the_whole_benchmark_runs_and_writes_its_report(tiny, tmp_path, capsys):
     result = json.loads((tmp_path / "bench.json").read_text())
     for model in bench.MODELS:
         assert result["own_work"][model].keys() == SETTINGS.keys()
+        assert result["exact_work"][model] > 0
         for found in result["own_work"][model].values():
             assert 0 < found["low"] <= found["ratio"] <= found["high"]
         assert result["whole_step"][model]["none"]["milliseconds"] > 0
@@ -139,7 +140,9 @@ def test_the_frontier_runs_goes_on_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "SETTINGS", {key: SETTINGS[key] for key in (ECONOMICAL, DEFAULT)})
     monkeypatch.setattr(frontier, "DRIVERS", [ECONOMICAL])
     costs = {key: {"ratio": 1.5 + i} for i, key in enumerate((ECONOMICAL, DEFAULT))}
-    (tmp_path / "bench.json").write_text(json.dumps({"own_work": {"resnet18": costs}}))
+    (tmp_path / "bench.json").write_text(
+        json.dumps({"own_work": {"resnet18": costs}, "exact_work": {"resnet18": 700.0}})
+    )
     arguments = ["--output", str(tmp_path / "out"), "--bench", str(tmp_path / "bench.json")]
     frontier.main(arguments)
     path = tmp_path / "out" / "digits-sgd-0.1.json"

@@ -85,6 +85,20 @@ def test_does_not_decrease_on_a_fixed_matrix(drawn, k):
         assert after >= before * (1 - rounding(matrix) - 2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e17])
+def test_rank_deficient_matrices_do_not_break_the_iteration(dtype, scale):
+    """Vectors that coincide, or whose images are noise, once gave NaN or a sigma of 1e150."""
+    for seed in range(60):
+        m, n, rank = 3 + seed % 7, 3 + seed % 5, 1 + seed % 3
+        matrix = (matrix_with([0.9**i for i in range(rank)], m, n, seed) * scale).to(dtype)
+        for k in (2, 3, 4, 8):
+            subspaces = start([matrix], min(k, m, n), seed)
+            sigmas = [step(subspaces, [matrix])[0][0].item() for _ in range(25)]
+            assert max(sigmas) <= top(matrix) * (1 + rounding(matrix))
+            assert sigmas[-1] == pytest.approx(top(matrix), rel=1e-3)
+
+
 @given(shapes, seeds, st.floats(0.1, 0.9), st.integers(1, 24))
 def test_a_single_vector_converges_at_the_rate_of_the_gap(shape, seed, ratio, n_products):
     m, n = shape
