@@ -154,10 +154,7 @@ class _HookedWeight:
                 stacklevel=2,
             )
             return
-        if torch.is_grad_enabled():  # create_graph=True leaves it on
-            with torch.no_grad():
-                self._add_term(self._target, grad)
-        else:
+        with torch.no_grad():  # create_graph=True leaves grad mode on
             self._add_term(self._target, grad)
         self.pending = False
 

@@ -9,6 +9,7 @@ from _models import build
 from torch import nn
 
 from snr_hooks import SNROptimizer, audit
+from snr_hooks.checks import checked_products
 
 
 def sgd(model):
@@ -364,3 +365,9 @@ def test_a_gradient_that_turns_out_sparse_is_left_alone_with_a_warning():
 def test_audit_of_something_else():
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or an SNROptimizer, found"):
         audit({"weight": torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize("k", range(1, 200))
+def test_a_product_every_kth_step_can_be_said_for_every_k(k):
+    assert checked_products(0.5 / k) == (1, k)
+    assert checked_products(0.5 * k) == (k, 1)

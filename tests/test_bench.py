@@ -58,8 +58,7 @@ def test_a_hooked_step_adds_every_term_once():
         assert added == pytest.approx(norms.get(name, 0.0), rel=1e-5)
 
 
-def test_methods_train_with_the_same_penalty():
-    """One step of each method moves the weights by the same penalty, or by none."""
+def test_both_penalties_are_half_lambda_sigma_squared():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 1000))
     for penalty in (bench.power_penalty(model), bench.exact_penalty(model)):
