@@ -165,3 +165,23 @@ def test_driving_records_what_its_own_term_is_made_with():
     assert len(looks) == 1
     assert len(losses) == 1
     assert all(0 <= error < 1 for error in looks[0])
+
+
+def test_own_work_is_the_step_over_weight_decay_by_cycles(monkeypatch):
+    # Seven cheap steps and one dear one: the mean over a cycle, not the median over steps.
+    times = {"floor": [1.0] * 16, "step": ([2.0] * 7 + [10.0]) * 2}
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: times)
+    model = nn.Linear(4, 3)
+    found = bench.own_work(model, {"a": {}}, 2)["a"]
+    assert found["ratio"] == found["low"] == found["high"] == pytest.approx(3.0)
+
+
+def test_a_whole_step_is_compared_with_the_plain_one(tiny, monkeypatch):
+    def fake(functions, repetitions, **_):
+        return {name: [1.0 if name == "none" else 1.25] * 8 * repetitions for name in functions}
+
+    monkeypatch.setattr(bench, "measure", fake)
+    found = bench.whole_step("test_resnet", timm.create_model("test_resnet"), 1)
+    assert found["none"]["milliseconds"] == 1000
+    assert found[DEFAULT]["ratio"] == pytest.approx(25)
+    assert found["penalty, exact SVD"]["ratio"] == pytest.approx(25)
