@@ -81,6 +81,7 @@ def run(recipe: Recipe, output: Path, *, fresh: bool = False) -> SNROptimizer:
     history = [] if fresh else _resume(training, recipe, output / CHECKPOINT)
     if history:
         print(f"continuing {output} after epoch {len(history)} of {recipe.epochs}")
+        report.write_csv(output / "metrics.csv", history)  # if it was killed before this
     (output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
     steps = len(training.loaders.train)
     with tqdm(

@@ -185,6 +185,14 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights():
     assert rows("whole") == rows("killed")
 
 
+def test_a_run_killed_between_the_last_checkpoint_and_its_metrics_completes_them():
+    run(toy(), Path("out"))
+    complete = rows("out")
+    Path("out", "metrics.csv").unlink()
+    run(toy(), Path("out"))
+    assert rows("out") == complete
+
+
 def test_a_finished_run_is_not_trained_again_unless_asked(capsys):
     run(toy(), Path("out"))
     before = Path("out", CHECKPOINT).stat().st_mtime_ns
