@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from snr_hooks.discovery import Skipped, Target
+from snr_hooks.sharding import is_fsdp1
 
 STRENGTH = "snr_lambda"
 """Key of lambda in a param group."""
@@ -51,6 +52,17 @@ def checked_products(n_power_iterations: object) -> tuple[int, int]:
             f"fourth step), found {n_power_iterations!r}"
         )
     return round(products * steps), steps
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Refuse FSDP1, under which backward hooks on parameters do not fire."""
+    if isinstance(model, nn.Module) and is_fsdp1(model):
+        raise ValueError(
+            "expected a model sharded by fully_shard (FSDP2), or not at all, found "
+            "FullyShardedDataParallel (FSDP1), which hides the gradients of single weights from "
+            "hooks; nothing was changed: use torch.distributed.fsdp.fully_shard, then build the "
+            "optimizer and the wrapper"
+        )
 
 
 def check_values(target: Target) -> None:

@@ -17,7 +17,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from snr_hooks._text import dimensions, nearest, table
-from snr_hooks.views import MatrixView
+from snr_hooks.sharding import is_sharded, part_of
+from snr_hooks.views import MatrixView, ShardedView, View
 
 Selection = str | Iterable[str] | Callable[[str], bool] | None
 """Shell patterns on parameter names (one or several), or a predicate on the name."""
@@ -40,7 +41,7 @@ class Target(NamedTuple):
 
     name: str
     parameter: nn.Parameter
-    view: MatrixView
+    view: View
 
 
 class Skipped(NamedTuple):
@@ -171,8 +172,14 @@ def _as_linear_map(owners: list[_Owned]) -> tuple[Target, str | None]:
     reasons = [_not_a_linear_map(owner) for owner in owners]
     main = reasons.index(None) if None in reasons else 0
     name, module, parameter = owners[main]
-    view = MatrixView(out_axis=1 if isinstance(module, _TRANSPOSED) else 0)
-    return Target(name, parameter, view), reasons[main]
+    view, reason = MatrixView(out_axis=1 if isinstance(module, _TRANSPOSED) else 0), reasons[main]
+    if reason is None and is_sharded(parameter):
+        part = part_of(parameter)
+        if isinstance(part, str):
+            reason = part
+        else:
+            return Target(name, parameter, ShardedView(view, part)), None
+    return Target(name, parameter, view), reason
 
 
 def _not_a_linear_map(owner: _Owned) -> str | None:
@@ -186,8 +193,6 @@ def _not_a_linear_map(owner: _Owned) -> str | None:
         return f"{kind}.{attribute} is not 'weight', the matrix that {kind} applies"
     if any(base.__name__ in _STANDARDIZED for base in type(owner.module).__mro__):
         return f"{kind} standardizes its weight: forward uses a function of this tensor"
-    if hasattr(weight, "device_mesh"):
-        return "sharded (DTensor): only whole weights are supported"
     if weight.is_complex() or not weight.is_floating_point():
         return f"dtype {weight.dtype} is not real floating point"
     if weight.numel() == 0:

@@ -6,16 +6,20 @@ for all targets of a step at once.
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol, Self
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from snr_hooks.discovery import Target
 from snr_hooks.products import Product
+from snr_hooks.sharding import add_up, local
 from snr_hooks.subspace import Subspaces, starting_vectors
 from snr_hooks.views import Adder
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 WARM_UP = 15
 """Power iterations the first time a weight is needed, when its vectors are still random."""
@@ -85,11 +89,11 @@ class SubspaceIteration:
         # Of the weights that are in no batch.
         self._vectors = dict(vectors or {})
         self._batches: list[_Batch] = []
-        self._arrangement: list[tuple[str, int, tuple[int, ...]]] = []
+        self._arrangement: list[_Place] = []
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the next terms, and keep the vectors for the ones after."""
-        arrangement = [(name, p.data_ptr(), p.stride()) for name, p, _ in targets]
+        arrangement = [_place(target) for target in targets]
         if arrangement != self._arrangement:  # other weights, or weights that were moved
             vectors = self._by_name(targets)
             self._batches = _batches(targets, vectors)
@@ -284,6 +288,15 @@ class ExactSVD:
         return self
 
 
+_Place = tuple[str, int, tuple[int, ...]]
+
+
+def _place(target: Target) -> _Place:
+    """Return what must stay the same for prepared products to be right."""
+    weight = local(target.parameter)
+    return target.name, weight.data_ptr(), weight.stride()
+
+
 class _Batch:
     """Weights that are iterated together: on one device, in one dtype, on the same side.
 
@@ -302,6 +315,8 @@ class _Batch:
         self.device = targets[indices[0]].parameter.device
         members = [targets[index] for index in indices]
         self._names = [target.name for target in members]
+        groups = enumerate(target.view.group for target in members)
+        self._sharded = [(index, group) for index, group in groups if group is not None]
         pairs = [vectors[name] for name in self._names]
         right = _next_is_right(pairs[0])
         dtype = _at_least_float32(members[0].parameter)
@@ -334,11 +349,17 @@ class _Batch:
             for (_, parameter, view), vectors, out in zip(members, rows, outs, strict=True)
         ]
 
-    def step(self) -> Iterator[Term]:
-        """Take one product with each weight."""
+    def multiply(self) -> "Iterator[tuple[ProcessGroup, Tensor]]":
+        """Take one product with each weight; return what is to be added up over processes."""
         right = self._subspaces.next_is_right
         for product in self._products[right]:
             product()
+        _, outs = self._subspaces.multiplied(right=right)
+        return ((group, outs[index]) for index, group in self._sharded)
+
+    def step(self) -> Iterator[Term]:
+        """Find the terms, once the products have been computed."""
+        right = self._subspaces.next_is_right
         sigma = self._subspaces.step()
         sigmas = sigma.tolist() if sigma.is_cpu else sigma.unbind()
         return map(Term, sigmas, *self._subspaces.pairs[right], self._adders[right])
@@ -358,14 +379,17 @@ class _Batch:
 
 
 @torch.no_grad()
-def _iterated(batches: "Iterable[_Batch]", n_products: int) -> list[Term]:
+def _iterated(batches: "Sequence[_Batch]", n_products: int) -> list[Term]:
     """Take some products with each weight and return the last terms, by target."""
     terms: dict[int, Term] = {}
-    for batch in batches:
-        with _without_autocast(batch.device.type):
-            for _ in range(n_products):
-                found = batch.step()
-        terms.update(zip(batch.indices, found, strict=True))
+    with ExitStack() as stack:
+        for device_type in {batch.device.type for batch in batches}:
+            stack.enter_context(_without_autocast(device_type))
+        for _ in range(n_products):
+            add_up([part for batch in batches for part in batch.multiply()])
+            found = [batch.step() for batch in batches]
+    for batch, batch_terms in zip(batches, found, strict=True):
+        terms.update(zip(batch.indices, batch_terms, strict=True))
     return [terms[index] for index in range(len(terms))]
 
 

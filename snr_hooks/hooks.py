@@ -12,6 +12,11 @@ tied weights under reentrant checkpointing), or never. The rule here is a flag p
 Whether a gradient was touched is read off its version counter, so the comparison with zero
 costs nothing in ordinary loops. The counter does not see ``p.grad.data.zero_()``.
 
+``fully_shard`` (FSDP2) computes gradients of other tensors than the sharded parameters and
+accumulates by itself: nothing can look before. There a gradient that is another tensor than the
+last one counts as reset, and one that was zeroed in place without ``zero_grad()`` or
+``step()`` of the optimizer does not.
+
 The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients that
 ``torch.autograd.grad`` returns are left alone, DDP averages the result, clipping sees it.
 """
@@ -92,6 +97,7 @@ class _HookedWeight:
         self.pending = True
         self._target = target
         self._add_term = add_term
+        self._looked = False
         self._last_grad: weakref.ref[Tensor] | None = None
         self._last_version = 0
         self.name = target.name
@@ -129,6 +135,7 @@ class _HookedWeight:
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
         grad = self._target.parameter.grad
+        self._looked = True
         if self.pending or self._untouched(grad):
             return
         self.pending = grad is None or not bool(grad.any())
@@ -142,6 +149,9 @@ class _HookedWeight:
                 "post-accumulate hook took it away (an optimizer in backward, say) before the "
                 "term was added; register that hook after wrapping"
             )
+        if not self._looked and self._last_grad is not None and self._last_grad() is not grad:
+            self.pending = True
+        self._looked = False
         if self.pending:
             self._add(grad)
         self._last_grad, self._last_version = weakref.ref(grad), grad._version

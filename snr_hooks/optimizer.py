@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from snr_hooks.checks import (
     STATE_KEY,
     STRENGTH,
+    check_sharding,
     check_values,
     checked_int,
     checked_products,
@@ -74,8 +75,8 @@ class SNROptimizer(Optimizer):
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: An argument is out of range, a weight is not finite, or there is
-            nothing to regularize.
+        ValueError: An argument is out of range, a weight is not finite, there is nothing to
+            regularize, or the model is sharded by FSDP1 in place of ``fully_shard``.
         RuntimeError: Another live wrapper regularizes one of the weights.
 
     Example:
@@ -102,6 +103,7 @@ class SNROptimizer(Optimizer):
         # No super().__init__(): it would make param groups of its own, which silently
         # detach from those of the wrapped optimizer at the first load_state_dict().
         _check_optimizer(optimizer)
+        check_sharding(model)
         strength = checked_strength(lambda_, "lambda_")
         n_products, n_steps = checked_products(n_power_iterations)
         n_vectors = checked_int(n_vectors, "n_vectors", at_least=1)
@@ -218,6 +220,7 @@ class SNROptimizer(Optimizer):
 
         Raises:
             RuntimeError: The model holds another parameter than the one that was wrapped.
+            ValueError: The model has been sharded by FSDP1 since.
         """
         self._check_parameters()
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
@@ -242,7 +245,10 @@ class SNROptimizer(Optimizer):
 
         A weight that got its term in this step was used, which spares it the search.
         """
-        for name in self._hooks.silent():
+        silent = self._hooks.silent()
+        if silent:
+            check_sharding(self._model)
+        for name in silent:
             for held_in, key, expected in self._places.get(name, ()):
                 if held_in.get(key) is not expected:
                     raise _replaced(name)
@@ -438,7 +444,8 @@ def _replaced(name: str) -> RuntimeError:
         f"expected {name!r} to be the parameter that was wrapped, with its hooks, found "
         "another in its place (a replaced layer, load_state_dict(assign=True), a "
         "parametrization, sharding, materialization from meta and swap_tensors do that); "
-        "nothing was changed: call remove(), then build the optimizer and the wrapper anew"
+        "nothing was changed: call remove(), then build the optimizer and the wrapper anew, "
+        "after all that"
     )
 
 

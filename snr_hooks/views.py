@@ -20,18 +20,50 @@ A new way to see a weight is a new class with the same methods: the code that it
 and adds the term never asks which view it holds.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from snr_hooks._text import dimensions
 from snr_hooks.products import Product, times, transposed_times
+from snr_hooks.sharding import Part, local, whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Adder = Callable[[Tensor, float | Tensor], None]
 """Adds a multiple of a prepared matrix to a gradient, in place."""
+
+
+class View(Protocol):
+    """What the code that iterates and adds needs of a view; ``MatrixView`` documents it."""
+
+    @property
+    def group(self) -> "ProcessGroup | None":
+        """The processes over which products are to be added up, if there are several."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the map as a matrix, shape ``(m, n)``."""
+
+    def shape(self, weight: Tensor) -> tuple[int, int]:
+        """Return ``(m, n)``."""
+
+    def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
+        """Prepare W v for each row of v, ``(k, n)``, to be written to ``out``, ``(m, k)``."""
+
+    def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
+        """Prepare W^T u for each row of u, ``(k, m)``, to be written to ``out``, ``(k, n)``."""
+
+    def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
+        """Prepare the addition of a multiple of u v^T to a gradient."""
+
+    def describe(self, weight: Tensor) -> str:
+        """Return how the matrix is made."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +75,10 @@ class MatrixView:
     """
 
     out_axis: int = 0
+
+    @property
+    def group(self) -> None:
+        """None: this process holds all of the weight."""
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the weight as a matrix, shape ``(m, n)``; a view where strides allow."""
@@ -154,6 +190,73 @@ class MatrixView:
         """Return how the matrix is made, e.g. ``64 x 147 matrix, flatten(1)``."""
         transpose = "" if self.out_axis == 0 else f"movedim({self.out_axis}, 0)."
         return f"{dimensions(self.shape(weight))} matrix, {transpose}flatten(1)"
+
+
+@dataclass(frozen=True)
+class ShardedView:
+    """A weight of which this process holds some rows, or some columns, of the matrix.
+
+    Vectors are whole on every process. A product is computed from the local part alone: with
+    a part of the rows it is a part of the product and zero elsewhere, with a part of the
+    columns a summand. Either way the product is the sum over the group.
+
+    Attributes:
+        view: How the whole weight is seen.
+        part: What is held here, split along the first or second dimension of the matrix.
+    """
+
+    view: MatrixView
+    part: Part
+
+    @property
+    def group(self) -> "ProcessGroup":
+        """The processes over which products are to be added up."""
+        return self.part.group
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Gather the weight as a matrix, on all processes of the group."""
+        return self.view.matrix(whole(weight))
+
+    def shape(self, weight: Tensor) -> tuple[int, int]:
+        """Return ``(m, n)`` of the whole matrix."""
+        return self.view.shape(weight)
+
+    def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
+        """Prepare this process's summand of W v, as ``MatrixView.matvec`` does W v."""
+        rows, columns = self._rows_and_columns(weight)
+        return _from_zero(out, self.view.matvec(local(weight), v[:, columns], out[rows]))
+
+    def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
+        """Prepare this process's summand of W^T u, as ``MatrixView.rmatvec`` does W^T u."""
+        rows, columns = self._rows_and_columns(weight)
+        return _from_zero(out, self.view.rmatvec(local(weight), u[:, rows], out[:, columns]))
+
+    def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
+        """Prepare the addition of this process's part of u v^T to its part of a gradient."""
+        rows, columns = self._rows_and_columns(weight)
+        add = self.view.adder(local(weight), u[rows], v[columns])
+        return lambda grad, factor: add(local(grad), factor)
+
+    def describe(self, weight: Tensor) -> str:
+        """Return how the matrix is made, and over how many processes it is split."""
+        split = "rows" if self.part.axis == self.view.out_axis else "columns"
+        return f"{self.view.describe(weight)}, {split} over {self.group.size()} processes"
+
+    def _rows_and_columns(self, weight: Tensor) -> tuple[slice, slice]:
+        """Return which rows and columns of the matrix are held here."""
+        everything = slice(None)
+        if self.part.axis == self.view.out_axis:
+            return slice(self.part.start, self.part.stop), everything
+        width = math.prod(weight.shape[2:])
+        return everything, slice(self.part.start * width, self.part.stop * width)
+
+
+def _from_zero(out: Tensor, product: Product) -> Product:
+    def compute() -> None:
+        out.zero_()
+        product()
+
+    return compute
 
 
 def _add_product_(rows: Tensor, columns: Tensor, grad: Tensor, factor: float | Tensor) -> None:

@@ -225,14 +225,6 @@ def test_weights_that_are_no_leaves_are_skipped():
     assert reasons(found) == {"0.weight": "not a leaf: its gradient is not accumulated"}
 
 
-def test_sharded_weights_are_skipped():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].weight.device_mesh = "stands for that of a DTensor"
-    found = discover(model)
-    assert names(found) == ["1.weight"]
-    assert reasons(found) == {"0.weight": "sharded (DTensor): only whole weights are supported"}
-
-
 def test_both_lists_are_in_the_order_of_the_model():
     model = Exotic()
     order = [name for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -1,0 +1,53 @@
+"""Start processes with torchrun, on this machine, with a time limit.
+
+A worker file defines ``SCENARIOS``, functions without arguments that return what JSON can
+hold, and ends with ``work(SCENARIOS)``. One launch runs all of them, because starting processes
+takes longer than most scenarios.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def torchrun(arguments, n_processes, timeout=300):
+    """Run ``torchrun`` and return the finished process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={n_processes}", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=TESTS.parent
+    )
+
+
+def results(worker, n_processes, folder):
+    """Run all scenarios of a worker file; return what each rank found, by scenario."""
+    finished = torchrun([TESTS / worker, folder], n_processes)
+    found = {
+        path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("results/*.json"))
+    }
+    if finished.returncode:
+        raise RuntimeError(f"after {list(found)}:\n{finished.stdout}\n{finished.stderr[-6000:]}")
+    return found
+
+
+def work(scenarios):
+    """Run scenarios in this process, one of those that ``results`` starts."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    for scenario in scenarios:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, scenario(folder))
+        if dist.get_rank() == 0:
+            path = folder / "results" / f"{scenario.__name__}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(found))
+    dist.destroy_process_group()

@@ -1,0 +1,116 @@
+"""Models sharded by ``fully_shard`` (FSDP2) train as whole ones do, and no weight is gathered."""
+
+import pytest
+from _launch import results
+
+TRAJECTORIES = [
+    "default",
+    "clipped",
+    "adamw",
+    "one_vector",
+    "iteration",
+    "every_other_step",
+    "exact",
+]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What two processes found, and then four, which load what the two have saved."""
+    root = tmp_path_factory.mktemp("fsdp")
+    found = {}
+    for n in (2, 4):
+        (root / str(n)).mkdir()
+        found[n] = results("_fsdp_worker.py", n, root / str(n))
+    return found
+
+
+@pytest.fixture(params=[2, 4])
+def found(request, both):
+    assert all(len(ranks) == request.param for ranks in both[request.param].values())
+    return both[request.param]
+
+
+@pytest.fixture
+def two(both):
+    return both[2]
+
+
+@pytest.mark.parametrize("case", TRAJECTORIES)
+def test_twenty_steps_equal_those_of_the_whole_model_on_the_joined_batch(found, case):
+    for rank in found["trajectories"]:
+        assert len(rank[case]["targets"]) == 5  # also the weight with a single row
+        assert rank[case]["from_reference"] <= 5e-12
+        assert rank[case]["from_plain"] > 0.01
+
+
+def test_vectors_are_bitwise_the_same_on_all_ranks(found):
+    for rank in found["trajectories"]:
+        assert rank.keys() == set(TRAJECTORIES)
+        assert not any(case["differing"] for case in rank.values())
+
+
+def test_other_layouts_equal_the_whole_model(found):
+    for rank in found["layouts"]:
+        assert "(Shard(dim=1),)" in rank["along_columns"]["placements"]
+        if len(found["layouts"]) == 4:
+            assert rank["replicated"]["placements"] == ["(Replicate(), Shard(dim=0))"]
+        for case in rank.values():
+            assert case["from_reference"] <= 1e-12
+
+
+def test_the_term_is_that_of_the_sharded_master_weights_under_any_mixed_precision(two):
+    for rank in two["terms"]:
+        assert max(rank["float64"].values()) < 1e-9
+        assert max(rank["bfloat16"].values()) < 1e-5
+        assert max(rank["reduced_in_bfloat16"].values()) < 1e-5
+
+
+def test_accumulation_without_communication_gets_one_term_a_step(found):
+    assert max(found["accumulation"]) <= 1e-12
+
+
+def test_a_step_adds_one_collective_of_two_vectors_a_weight_and_gathers_nothing(found):
+    for rank in found["communication"]:
+        # The weight with one row has one vector.
+        lengths = {2 * rank["outputs"] - 1, 2 * rank["inputs"] - 7}
+        seen = set()
+        for plain, ours in zip(rank["plain"], rank["regularized"], strict=True):
+            added = list(ours["gloo:all_reduce"])
+            for size in plain["gloo:all_reduce"]:
+                added.remove(size)
+            assert len(added) == 1
+            seen.add(added[0] / 4)
+            others = {name: calls for name, calls in ours.items() if name != "gloo:all_reduce"}
+            assert others == {
+                name: calls for name, calls in plain.items() if name != "gloo:all_reduce"
+            }
+        assert seen == lengths  # in turn, as the sides alternate
+
+
+def test_norms_and_audit_are_those_of_the_whole_model(two):
+    n = len(two["norms"])
+    for rank in two["norms"]:
+        assert rank["difference"] < 1e-12
+        assert rank["described"] == f"5 x 18 matrix, flatten(1), rows over {n} processes"
+        sharded, whole = ([line.split()[-3:-1] for line in text] for text in rank["audit"])
+        assert sharded == whole
+
+
+def test_sharding_after_wrapping_and_fsdp1_are_refused_before_a_step(two):
+    for rank in two["refused"]:
+        assert rank.pop("unchanged")
+        after = rank.pop("wrapped before fully_shard")
+        assert "expected 'conv.weight' to be the parameter that was wrapped" in after
+        assert "build the optimizer and the wrapper anew" in after
+        reason = rank.pop("split twice")
+        assert reason.startswith("sharded as (Shard(dim=0), Shard(dim=1)): only weights that")
+        assert len(rank) == 4
+        for message in rank.values():
+            assert "found FullyShardedDataParallel (FSDP1)" in message
+            assert "use torch.distributed.fsdp.fully_shard" in message
+
+
+def test_a_checkpoint_of_two_processes_continues_on_four(both):
+    assert max(both[2]["checkpoints"]) <= 1e-12
+    assert max(both[4]["checkpoints"]) <= 1e-12
