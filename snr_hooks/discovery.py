@@ -9,7 +9,7 @@ and temperatures have two or more dimensions and are no linear maps.
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -29,12 +29,21 @@ _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 # timm's weight-standardized convolutions, by name because timm is no dependency.
 _STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 
+# Where they hold the model that a parameter's name starts from.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
 
 class Target(NamedTuple):
     """A parameter seen as a linear map.
 
     Attributes:
-        name: As in ``model.named_parameters()``.
+        name: As in ``model.named_parameters()``, without the prefixes that DDP, torch.compile
+            and checkpoint wrappers add: a state goes from a wrapped model to a bare one.
         parameter: The leaf itself.
         view: How it is seen as a linear map.
     """
@@ -103,7 +112,11 @@ def discover(model: nn.Module, include: Selection = None, exclude: Selection = N
             uninitialized.
     """
     held = _holders(model)
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [
+        _joined(path, attribute)
+        for path, module in _named_modules(model)
+        for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
     included = _matcher(include, names, "include", default=True)
     excluded = _matcher(exclude, names, "exclude", default=False)
     targets, skipped = [], []
@@ -154,9 +167,9 @@ def _holders(model: nn.Module) -> list[list[_Owned]]:
             "pass the model itself, not its parameters"
         )
     held: dict[int, list[_Owned]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in _named_modules(model):
         for attribute, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{attribute}" if path else attribute
+            name = _joined(path, attribute)
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(
                     f"expected initialized parameters, found the lazy {name!r} without a "
@@ -165,6 +178,40 @@ def _holders(model: nn.Module) -> list[list[_Owned]]:
             if parameter.ndim >= 2:
                 held.setdefault(id(parameter), []).append(_Owned(name, module, parameter))
     return list(held.values())
+
+
+def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the parameter that a model holds under the name of a target, if any."""
+    module, path = model, name.split(".")
+    while len(path) > 1 or _wrapped_at(module):
+        child = module._modules.get(_wrapped_at(module) or path.pop(0))
+        if child is None:
+            return None
+        module = child
+    return module._parameters.get(path[0])
+
+
+def _wrapped_at(module: nn.Module) -> str | None:
+    """Return the attribute at which a wrapper such as DDP holds a model, None if it is none.
+
+    By the wrapper's name, because importing torch.compile's takes seconds.
+    """
+    attribute = _WRAPPERS.get(type(module).__name__)
+    return attribute if attribute in module._modules else None
+
+
+def _named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules with their names, duplicates included, passing over wrappers."""
+    attribute = _wrapped_at(module)
+    if attribute is None:
+        yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _named_modules(child, path if name == attribute else _joined(path, name))
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _as_linear_map(owners: list[_Owned]) -> tuple[Target, str | None]:

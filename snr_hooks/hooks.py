@@ -68,15 +68,19 @@ class GradientHooks:
                 )
         self._weights += [_HookedWeight(target, self._add_term) for target in targets]
 
-    def silent(self) -> list[str]:
-        """Return the names of weights of which no term was added since ``rearm()``."""
-        return [weight.name for weight in self._weights if weight.pending]
+    def silent(self) -> list[Target]:
+        """Return the weights of which no term was added since ``rearm()``."""
+        return [weight.target for weight in self._weights if weight.pending]
 
-    def lost(self) -> list[str]:
+    def lost(self) -> list[Target]:
         """Return those of them whose hooks were moved away, as swap_tensors does."""
-        return [
-            weight.name for weight in self._weights if weight.pending and not weight.is_hooked()
-        ]
+        weights = [weight for weight in self._weights if weight.pending]
+        return [weight.target for weight in weights if not weight.is_hooked()]
+
+    def unexplained(self) -> list[Target]:
+        """Return those that have a gradient nevertheless, which did not come from here."""
+        weights = [weight for weight in self._weights if weight.pending]
+        return [weight.target for weight in weights if weight.has_foreign_grad()]
 
     def rearm(self) -> None:
         """Make every weight pending: a step was taken, or all gradients were reset."""
@@ -95,12 +99,11 @@ class _HookedWeight:
 
     def __init__(self, target: Target, add_term: AddTerm) -> None:
         self.pending = True
-        self._target = target
+        self.target = target
         self._add_term = add_term
         self._looked = False
         self._last_grad: weakref.ref[Tensor] | None = None
         self._last_version = 0
-        self.name = target.name
         key = id(target.parameter)
         _hooked[key] = self
         self._tensor = target.parameter._cdata
@@ -118,7 +121,7 @@ class _HookedWeight:
             if (weight := reference()) is not None:
                 weight.after_accumulation()
 
-        parameter = self._target.parameter
+        parameter = self.target.parameter
         return [
             parameter.register_hook(before),  # type: ignore[no-untyped-call]
             parameter.register_post_accumulate_grad_hook(after),  # type: ignore[no-untyped-call]
@@ -130,11 +133,16 @@ class _HookedWeight:
         torch.utils.swap_tensors exchanges the tensors, with their hooks, below the Python
         objects, which keep their identity and even their dictionaries of hooks.
         """
-        return bool(self._target.parameter._cdata == self._tensor)
+        return bool(self.target.parameter._cdata == self._tensor)
+
+    def has_foreign_grad(self) -> bool:
+        """Return whether a gradient was put there by something else than autograd."""
+        grad = self.target.parameter.grad
+        return grad is not None and not self._untouched(grad) and bool(grad.any())
 
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
-        grad = self._target.parameter.grad
+        grad = self.target.parameter.grad
         self._looked = True
         if self.pending or self._untouched(grad):
             return
@@ -142,12 +150,12 @@ class _HookedWeight:
 
     def after_accumulation(self) -> None:
         """Add the term if it is due."""
-        grad = self._target.parameter.grad
+        grad = self.target.parameter.grad
         if grad is None:
             raise RuntimeError(
-                f"expected a gradient of {self.name!r} just accumulated, found None: another "
-                "post-accumulate hook took it away (an optimizer in backward, say) before the "
-                "term was added; register that hook after wrapping"
+                f"expected a gradient of {self.target.name!r} just accumulated, found None: "
+                "another post-accumulate hook took it away (an optimizer in backward, say) before "
+                "the term was added; register that hook after wrapping"
             )
         if not self._looked and self._last_grad is not None and self._last_grad() is not grad:
             self.pending = True
@@ -159,13 +167,13 @@ class _HookedWeight:
     def _add(self, grad: Tensor) -> None:
         if grad.layout is not torch.strided:
             warnings.warn(
-                f"the gradient of {self.name!r} is sparse ({grad.layout}); it is "
+                f"the gradient of {self.target.name!r} is sparse ({grad.layout}); it is "
                 "not regularized: exclude it, or make its gradient dense",
                 stacklevel=2,
             )
             return
         with torch.no_grad():  # create_graph=True leaves grad mode on
-            self._add_term(self._target, grad)
+            self._add_term(self.target, grad)
         self.pending = False
 
     def _untouched(self, grad: Tensor | None) -> bool:

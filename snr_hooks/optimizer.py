@@ -1,8 +1,9 @@
 """SNROptimizer: any optimizer, with spectral norm regularization added to the gradients."""
 
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ from snr_hooks.checks import (
     nothing_to_regularize,
     saved_vectors,
 )
-from snr_hooks.discovery import Discovery, Selection, Skipped, Target, discover, linear_maps
+from snr_hooks.discovery import (
+    Discovery,
+    Selection,
+    Skipped,
+    Target,
+    discover,
+    linear_maps,
+    parameter_at,
+)
 from snr_hooks.estimators import Estimator, ExactSVD, Held, SubspaceIteration
 from snr_hooks.hooks import GradientHooks
 from snr_hooks.term import SpectralTerm
@@ -146,8 +155,6 @@ class SNROptimizer(Optimizer):
             self, _withdraw_lambda, self.optimizer, self._groups_given_lambda
         )
         self._withdraw_lambda.atexit = False
-        # For each target, from the model down to it: (a dict, key, what it must hold there).
-        self._places: dict[str, list[tuple[Mapping[str, Any], str, Any]]] = {}
         self._frozen: list[nn.Parameter] = []
 
     # --- the wrapped optimizer, live ---
@@ -218,11 +225,16 @@ class SNROptimizer(Optimizer):
         Returns:
             What the wrapped optimizer returns.
 
+        Warns:
+            UserWarning: A weight has a gradient that did not come through its hook.
+
         Raises:
             RuntimeError: The model holds another parameter than the one that was wrapped.
             ValueError: The model has been sharded by FSDP1 since.
         """
         self._check_parameters()
+        if closure is None:
+            self._warn_of_foreign_gradients()
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
         self._prepare_next_step()
         return loss
@@ -248,12 +260,23 @@ class SNROptimizer(Optimizer):
         silent = self._hooks.silent()
         if silent:
             check_sharding(self._model)
-        for name in silent:
-            for held_in, key, expected in self._places.get(name, ()):
-                if held_in.get(key) is not expected:
-                    raise _replaced(name)
-        for name in self._hooks.lost():
-            raise _replaced(name)
+        for target in silent:
+            if parameter_at(self._model, target.name) is not target.parameter:
+                raise _replaced(target.name)
+        for target in self._hooks.lost():
+            raise _replaced(target.name)
+
+    def _warn_of_foreign_gradients(self) -> None:
+        """Say that a term is missing; most of all when DDP brings the gradients of others."""
+        for target in self._hooks.unexplained():
+            if self._term.strength(target.parameter) > 0:
+                warnings.warn(
+                    f"{target.name!r} has a gradient that no backward pass of this process has "
+                    "accumulated, so that its term is missing; if other processes of a "
+                    "DistributedDataParallel have used the weight, their terms are averaged with "
+                    "the missing one: let every process use it, or exclude it",
+                    stacklevel=4,
+                )
 
     # --- what is regularized ---
 
@@ -293,7 +316,7 @@ class SNROptimizer(Optimizer):
         self._hooks.remove()
         self._withdraw_lambda()
         self._removed = True
-        self._term.targets, self._places, self._frozen = (), {}, []
+        self._term.targets, self._frozen = (), []
 
     def _complete_groups(self) -> None:
         """Write the default lambda into groups without one, where users can see it."""
@@ -313,7 +336,7 @@ class SNROptimizer(Optimizer):
         self._term.targets += tuple(new)
         names = known | {target.name for target in new}
         self.skipped = tuple(skip for skip in found.skipped if skip.name not in names)
-        self._locate_targets()
+        self._note_frozen()
         self._term.regrouped = False
 
     def _discover(self) -> Discovery:
@@ -327,20 +350,8 @@ class SNROptimizer(Optimizer):
         ]
         return Discovery(tuple(held), found.skipped + tuple(missing))
 
-    def _locate_targets(self) -> None:
-        """Remember how the model leads to the targets, and which weights may join them."""
-        for name, parameter, _ in self.targets:
-            places: list[tuple[Mapping[str, Any], str, Any]] = []
-            module = self._model
-            *path, attribute = name.split(".")
-            for part in path:
-                child = module._modules.get(part)
-                if child is None:
-                    raise _replaced(name)
-                places.append((module._modules, part, child))
-                module = child
-            places.append((module._parameters, attribute, parameter))
-            self._places[name] = places
+    def _note_frozen(self) -> None:
+        """Remember which weights may join the targets once they are trained."""
         self._frozen = [
             found.parameter
             for found in linear_maps(self._model)
@@ -415,7 +426,7 @@ class SNROptimizer(Optimizer):
         self._term.index_groups()
         self._set_up()
         if not self._removed:
-            self._locate_targets()
+            self._note_frozen()
 
     def __repr__(self) -> str:
         """Show what is regularized, how, and the wrapped optimizer."""

@@ -5,7 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from _launch import work
+from _launch import differs_between_ranks, work
 from _oracles import exact_terms
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -91,17 +91,6 @@ def distance(sharded, reference):
 def vectors(opt):
     entries = opt.state_dict()["snr_hooks"]["vectors"]
     return {f"{name}.{key}": v for name, entry in entries.items() for key, v in entry.items()}
-
-
-def differs_between_ranks(tensors):
-    """The names of tensors that are not bitwise the same on all ranks."""
-    differing = []
-    for name, tensor in tensors.items():
-        copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(copies, tensor.contiguous())
-        if not all(torch.equal(other, tensor) for other in copies):
-            differing.append(name)
-    return differing
 
 
 def trajectories(folder):

@@ -35,6 +35,20 @@ def results(worker, n_processes, folder):
     return found
 
 
+def differs_between_ranks(tensors):
+    """The names of tensors that are not bitwise the same on all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    differing = []
+    for name, tensor in tensors.items():
+        copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(copies, tensor.contiguous())
+        if not all(torch.equal(other, tensor) for other in copies):
+            differing.append(name)
+    return differing
+
+
 def work(scenarios):
     """Run scenarios in this process, one of those that ``results`` starts."""
     import torch

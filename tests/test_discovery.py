@@ -1,13 +1,16 @@
 """What is a target, what is skipped and why, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from _models import TiedEmbedding, build
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
 
 from snr_hooks import discover
-from snr_hooks.discovery import linear_maps
+from snr_hooks.discovery import linear_maps, parameter_at
 from snr_hooks.views import MatrixView
 
 
@@ -223,6 +226,21 @@ def test_weights_that_are_no_leaves_are_skipped():
     found = discover(model)
     assert names(found) == ["1.weight"]
     assert reasons(found) == {"0.weight": "not a leaf: its gradient is not accumulated"}
+
+
+def test_names_are_those_of_the_model_inside_its_wrappers():
+    model = build("mlp")
+    bare = discover(model)
+    inside = copy.deepcopy(model)
+    inside.body[2] = checkpoint_wrapper(inside.body[2])
+    for wrapped in (nn.DataParallel(model), torch.compile(model, backend="eager"), inside):
+        found = discover(wrapped, include="body.2.*")
+        assert names(found) == ["body.2.weight"]
+        assert reasons(found) == {"body.0.weight": "not matched by include"}
+        assert names(discover(wrapped)) == names(bare)
+        assert parameter_at(wrapped, "body.2.weight") is found.targets[0].parameter
+        assert parameter_at(wrapped, "body.5.weight") is None
+        assert parameter_at(wrapped, "body.2.other") is None
 
 
 def test_both_lists_are_in_the_order_of_the_model():

@@ -400,3 +400,40 @@ def test_exact_is_exact_in_float64_also_for_float32_weights():
     opt = wrap(model, exact=True)
     for name, sigma in opt.spectral_norms().items():
         assert sigma == pytest.approx(exact_term(model.get_parameter(name))[0], rel=1e-13)
+
+
+def test_a_gradient_put_there_by_hand_is_reported_and_one_left_from_before_is_not():
+    model = build("with_unused")
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    model(model.example).sum().backward()
+    opt.step()
+    opt.step()  # with the old gradients, and none for the unused weight
+    opt.zero_grad(set_to_none=False)
+    model.unused.weight.grad = torch.zeros_like(model.unused.weight)
+    opt.step()
+    grads = torch.autograd.grad(model(model.example).sum(), list(model.body.parameters()))
+    for p, grad in zip(model.body.parameters(), grads, strict=True):
+        p.grad = grad
+    with pytest.warns(
+        UserWarning, match=r"'body\..*has a gradient that no backward pass"
+    ) as caught:
+        opt.step()
+    assert len(caught) == 2
+    assert {warning.filename for warning in caught} == {__file__}
+    opt.param_groups[0]["snr_lambda"] = 0.0
+    opt.step()
+
+
+def test_gradients_that_were_clipped_in_a_closure_are_not_reported():
+    model = build("mlp")
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(model.example).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        return loss
+
+    for _ in range(3):
+        opt.step(closure)
