@@ -101,7 +101,8 @@ class _HookedWeight:
         self.pending = True
         self.target = target
         self._add_term = add_term
-        self._looked = False
+        self.looked = False
+        self.traced_reset: Tensor | None = None
         self._last_grad: weakref.ref[Tensor] | None = None
         self._last_version = 0
         key = id(target.parameter)
@@ -112,16 +113,25 @@ class _HookedWeight:
 
     def _register(self) -> list[RemovableHandle]:
         reference = weakref.ref(self)
+        parameter, key = self.target.parameter, id(self.target.parameter)
 
         def before(grad: Tensor) -> None:
-            if (weight := reference()) is not None:
+            if (weight := reference()) is None:
+                return
+            if torch.compiler.is_compiling():
+                old = weight.target.parameter.grad
+                weight.traced_reset = None if old is None else ~old.any()
+            else:
                 weight.before_accumulation()
 
         def after(parameter: Tensor) -> None:
-            if (weight := reference()) is not None:
-                weight.after_accumulation()
+            if (weight := reference()) is None:
+                return
+            if torch.compiler.is_compiling():
+                torch.ops.snr_hooks.accumulated(parameter.grad, weight.traced_reset, key)
+            else:
+                weight.after_accumulation(parameter.grad)
 
-        parameter = self.target.parameter
         return [
             parameter.register_hook(before),  # type: ignore[no-untyped-call]
             parameter.register_post_accumulate_grad_hook(after),  # type: ignore[no-untyped-call]
@@ -143,23 +153,22 @@ class _HookedWeight:
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
         grad = self.target.parameter.grad
-        self._looked = True
+        self.looked = True
         if self.pending or self._untouched(grad):
             return
         self.pending = grad is None or not bool(grad.any())
 
-    def after_accumulation(self) -> None:
+    def after_accumulation(self, grad: Tensor | None) -> None:
         """Add the term if it is due."""
-        grad = self.target.parameter.grad
         if grad is None:
             raise RuntimeError(
                 f"expected a gradient of {self.target.name!r} just accumulated, found None: "
                 "another post-accumulate hook took it away (an optimizer in backward, say) before "
                 "the term was added; register that hook after wrapping"
             )
-        if not self._looked and self._last_grad is not None and self._last_grad() is not grad:
+        if not self.looked and self._last_grad is not None and self._last_grad() is not grad:
             self.pending = True
-        self._looked = False
+        self.looked = False
         if self.pending:
             self._add(grad)
         self._last_grad, self._last_version = weakref.ref(grad), grad._version
@@ -172,6 +181,7 @@ class _HookedWeight:
                 stacklevel=2,
             )
             return
+        check_not_captured(grad)
         with torch.no_grad():  # create_graph=True leaves grad mode on
             self._add_term(self.target, grad)
         self.pending = False
@@ -192,3 +202,34 @@ def _unhook(key: int, handles: list[RemovableHandle]) -> None:
     _hooked.pop(key, None)
     for handle in handles:
         handle.remove()
+
+
+def check_not_captured(grad: Tensor) -> None:
+    """Refuse to be recorded into a CUDA graph, whose replays would repeat one state forever.
+
+    Raises:
+        RuntimeError: A capture is under way.
+    """
+    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "expected backward() outside of CUDA graph capture, found it inside: the term is due "
+            "once a step and its products alternate between the sides, which a replay cannot do; "
+            "capture the forward pass alone, or use torch.compile, which captures forward and "
+            "backward of the model and leaves hooks on parameters outside"
+        )
+
+
+@torch.library.custom_op(
+    "snr_hooks::accumulated", mutates_args={"grad"}, tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _accumulated(grad: Tensor, was_reset: Tensor | None, key: int) -> None:
+    """Do what the hooks do, as one operator that compiled autograd does not look into.
+
+    Traced, they would be guarded on flags that change from step to step, and on vectors that
+    the compiler takes for constants.
+    """
+    weight = _hooked.get(key)
+    if weight is not None:
+        weight.looked = True
+        weight.pending |= was_reset is None or bool(was_reset)
+        weight.after_accumulation(grad)
