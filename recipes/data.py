@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+from recipes.processes import ALONE, Processes
 from recipes.recipe import Recipe, RecipeError, check_known
 
 TORCHVISION = ("cifar10", "cifar100")
@@ -86,19 +87,29 @@ def create_datasets(recipe: Recipe) -> Datasets:
     return Datasets(train, test, len(train.classes))
 
 
-def create_loaders(recipe: Recipe, datasets: Datasets, config: dict[str, Any]) -> Loaders:
+def create_loaders(
+    recipe: Recipe,
+    datasets: Datasets,
+    config: dict[str, Any],
+    processes: Processes = ALONE,
+) -> Loaders:
     """Create the loaders of a recipe.
+
+    Several processes share each batch of the recipe out. Their order is drawn by the seed and
+    by ``loader.sampler.set_epoch``.
 
     Args:
         recipe: Says batch size, subset and training transforms.
         datasets: From ``create_datasets``; gets its transforms here.
         config: Input size, mean and so on, from ``timm.data.resolve_data_config``.
+        processes: Which share of the images to load.
 
     Returns:
-        The loaders. Order and augmentation are drawn from the global random streams.
+        The loaders. Order (of a single process) and augmentation are drawn from the global
+        random streams. Test images are repeated at the end until all processes have as many.
 
     Raises:
-        RecipeError: There is no full batch, or a transform is unknown.
+        RecipeError: There is no full batch, it cannot be shared out, or a transform is unknown.
     """
     kept = ("input_size", "mean", "std", "interpolation")
     config = {key: config[key] for key in kept}
@@ -118,9 +129,27 @@ def create_loaders(recipe: Recipe, datasets: Datasets, config: dict[str, Any]) -
             f"expected at least one batch of {recipe.batch_size} training images, found "
             f"{len(train)} images in {recipe.data!r}: lower batch_size"
         )
-    options: dict[str, Any] = {"batch_size": recipe.batch_size, "num_workers": recipe.workers}
+    rank, size, *_ = processes
+    if recipe.batch_size % size:
+        raise RecipeError(
+            f"expected a batch_size that {size} processes can share evenly, found "
+            f"{recipe.batch_size}"
+        )
+    options: dict[str, Any] = {
+        "batch_size": recipe.batch_size // size,
+        "num_workers": recipe.workers,
+    }
+    if size == 1:
+        return Loaders(
+            DataLoader(train, shuffle=True, drop_last=True, **options), DataLoader(test, **options)
+        )
+    order: DistributedSampler[Any] = DistributedSampler(
+        train, size, rank, seed=recipe.seed, drop_last=True
+    )
+    share: DistributedSampler[Any] = DistributedSampler(test, size, rank, shuffle=False)
     return Loaders(
-        DataLoader(train, shuffle=True, drop_last=True, **options), DataLoader(test, **options)
+        DataLoader(train, sampler=order, drop_last=True, **options),
+        DataLoader(test, sampler=share, **options),
     )
 
 

@@ -58,6 +58,7 @@ class Recipe:
     sched_kwargs: dict[str, Any] = _entry({}, "more for timm.scheduler.create_scheduler_v2")
     epochs: int = _entry(20, "passes over the training images")
     seed: int = _entry(0, "of weights, order, augmentation and subset")
+    skip_nonfinite: bool = _entry(False, "skip steps whose loss is NaN or infinite, and say so")
 
     def __post_init__(self) -> None:
         """Refuse what can be told to be wrong without building anything."""
@@ -121,7 +122,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
 
     Returns:
         The recipe, with every entry that the command line overrides, and a namespace
-        with ``output`` (where the run is written) and ``fresh`` (whether to start over).
+        with ``output`` (where the run is written), ``fresh`` (whether to start over) and
+        ``fsdp`` (whether to shard the model over processes).
 
     Raises:
         RecipeError: An entry is unknown or out of range.
@@ -141,6 +143,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument(
         "--fresh", action="store_true", default=False, help="start over instead of continuing"
     )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        default=False,
+        help="under torchrun: each process holds a part of every weight, not all weights",
+    )
     group = parser.add_argument_group("entries of the recipe")
     for entry in dataclasses.fields(Recipe):
         group.add_argument(f"--{entry.name.replace('_', '-')}", **_option(entry))
@@ -150,7 +158,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
         check_known("option", unknown[0], flags)
         raise RecipeError(f"expected no more arguments, found {' '.join(unknown)!r}")
     options = vars(known)
-    run = argparse.Namespace(**{key: options.pop(key) for key in ("recipe", "output", "fresh")})
+    kept = ("recipe", "output", "fresh", "fsdp")
+    run = argparse.Namespace(**{key: options.pop(key) for key in kept})
     run.output = run.output or Path("runs") / Path(run.recipe).stem
     entries = read(run.recipe)
     for key, value in options.items():

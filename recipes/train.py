@@ -1,5 +1,8 @@
 """Train a timm model with spectral norm regularization: ``python -m recipes.train digits``.
 
+``torchrun --nproc-per-node 2 -m recipes.train digits`` trains on two processes that share each
+batch of the same recipe, and with ``--fsdp`` the weights as well.
+
 A run is a folder. Its checkpoint is replaced atomically after every epoch, and each epoch
 draws its random numbers from the seed and its own number alone, so that the same command
 continues a killed run to the same weights as if it had not been killed.
@@ -29,6 +32,7 @@ from tqdm import tqdm
 
 from recipes import report
 from recipes.data import Loaders, create_datasets, create_loaders
+from recipes.processes import Processes, load_sharded, started, whole
 from recipes.recipe import Recipe, RecipeError, parse
 from snr_hooks import SNROptimizer, spectra
 
@@ -36,27 +40,34 @@ CHECKPOINT = "last.pth.tar"
 
 
 class Training(NamedTuple):
-    """All that is built from a recipe."""
+    """All that is built from a recipe; ``spread`` is the model on all processes."""
 
     model: nn.Module
+    spread: nn.Module
     loaders: Loaders
     optimizer: SNROptimizer
     scheduler: Scheduler | None
-    device: torch.device
+    processes: Processes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; on bad input, exit with a message in place of a traceback."""
     try:
         recipe, options = parse(arguments)
-        run(recipe, options.output, fresh=options.fresh)
+        if options.fsdp and "RANK" not in os.environ:
+            raise RecipeError("expected --fsdp under torchrun, found a process on its own")
+        with started(sharded=options.fsdp) as processes:
+            run(recipe, options.output, fresh=options.fresh, processes=processes)
     except RecipeError as error:
-        sys.exit(f"error: {error}")
+        rank = os.environ.get("RANK", "0")
+        sys.exit(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues after the last finished epoch")
 
 
-def run(recipe: Recipe, output: Path, *, fresh: bool = False) -> SNROptimizer:
+def run(
+    recipe: Recipe, output: Path, *, fresh: bool = False, processes: Processes | None = None
+) -> SNROptimizer:
     """Train, or continue to train, and write the report.
 
     Args:
@@ -64,6 +75,8 @@ def run(recipe: Recipe, output: Path, *, fresh: bool = False) -> SNROptimizer:
         output: Folder of the run. Holds ``recipe.yaml``, ``last.pth.tar``,
             ``metrics.csv``, and at the end ``audit.txt``, ``curves.png``, ``spectra.png``.
         fresh: Start over even if the folder holds a run.
+        processes: Those that train together, each of which calls this; by default this one.
+            The first one writes, and all must see the folder.
 
     Returns:
         The optimizer of the trained model.
@@ -76,39 +89,46 @@ def run(recipe: Recipe, output: Path, *, fresh: bool = False) -> SNROptimizer:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"expected to write to the folder {output}: {error}") from None
-    training = build(recipe)
+    training = build(recipe, processes)
+    processes = training.processes
     start = spectra(training.model)
     history = [] if fresh else _resume(training, recipe, output / CHECKPOINT)
-    if history:
-        print(f"continuing {output} after epoch {len(history)} of {recipe.epochs}")
-        report.write_csv(output / "metrics.csv", history)  # if it was killed before this
-    (output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    if processes.is_primary:
+        if history:
+            print(f"continuing {output} after epoch {len(history)} of {recipe.epochs}")
+            report.write_csv(output / "metrics.csv", history)  # if it was killed before this
+        (output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
     steps = len(training.loaders.train)
     with tqdm(
         total=recipe.epochs * steps,
         initial=len(history) * steps,
         unit="step",
         mininterval=0.1 if sys.stderr.isatty() else 10,  # in a log, a line now and then
+        disable=not processes.is_primary,
     ) as bar:
         for epoch in range(len(history), recipe.epochs):
-            timm.utils.random_seed(recipe.seed, rank=epoch + 1)
+            timm.utils.random_seed(recipe.seed, rank=(epoch + 1) * processes.size + processes.rank)
             bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
-            row = {"epoch": epoch, **train_epoch(training, epoch, bar), **_evaluate(training)}
+            row = {"epoch": epoch, **train_epoch(training, epoch, bar, recipe.skip_nonfinite)}
+            processes.average_batch_norms(training.model)
+            row |= _evaluate(training)
             row["lr"] = training.optimizer.param_groups[0]["lr"]
             row["sigma_max"] = max(training.optimizer.spectral_norms().values())
             history.append(row)
             _save(training, recipe, history, output / CHECKPOINT)
-            report.write_csv(output / "metrics.csv", history)
-            bar.write(_summary(row, recipe.epochs))
+            if processes.is_primary:
+                report.write_csv(output / "metrics.csv", history)
+                bar.write(_summary(row, recipe.epochs))
     _write_report(training, recipe, history, start, output)
     return training.optimizer
 
 
-def build(recipe: Recipe) -> Training:
+def build(recipe: Recipe, processes: Processes | None = None) -> Training:
     """Build model, data, optimizer and scheduler with timm's factories.
 
     Args:
         recipe: What to build.
+        processes: Those that train together; by default this one.
 
     Returns:
         The parts; the model has the weights that the seed gives it.
@@ -116,7 +136,9 @@ def build(recipe: Recipe) -> Training:
     Raises:
         RecipeError: An entry does not fit the factory it is for.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if processes is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        processes = Processes(device=device)
     timm.utils.random_seed(recipe.seed)
     datasets = create_datasets(recipe)
     size = {"img_size": recipe.img_size}
@@ -125,9 +147,10 @@ def build(recipe: Recipe) -> Training:
             **timm.models.resolve_model_input_args(
                 recipe.model, size, num_classes=datasets.n_classes, **recipe.model_kwargs
             )
-        ).to(device)
+        ).to(processes.device)
     config = timm.data.resolve_data_config(size, model=model)
-    loaders = create_loaders(recipe, datasets, config)
+    loaders = create_loaders(recipe, datasets, config, processes)
+    spread = processes.spread(model)  # before the optimizer, for sharding replaces parameters
     with _explained("opt, lr, momentum, weight_decay or opt_kwargs"):
         base = timm.optim.create_optimizer_v2(
             model,
@@ -148,7 +171,7 @@ def build(recipe: Recipe) -> Training:
             updates_per_epoch=len(loaders.train),
             **recipe.sched_kwargs,
         )
-    return Training(model, loaders, optimizer, scheduler, device)
+    return Training(model, spread, loaders, optimizer, scheduler, processes)
 
 
 @contextmanager
@@ -160,54 +183,89 @@ def _explained(entries: str) -> Iterator[None]:
         raise RecipeError(f"refused {entries}: {error}") from error
 
 
-def train_epoch(training: Training, epoch: int, bar: "tqdm[Any]") -> dict[str, float]:
+def train_epoch(
+    training: Training, epoch: int, bar: "tqdm[Any]", skip_nonfinite: bool = False
+) -> dict[str, float]:
     """Train for one epoch.
 
     Args:
         training: From ``build``.
         epoch: Its number, from 0, for the schedule and for messages.
         bar: Is moved on with every step.
+        skip_nonfinite: Leave steps out whose loss is NaN or infinite in place of stopping.
 
     Returns:
-        The average loss and accuracy over the epoch.
+        The average loss and accuracy over the steps of the epoch, all processes together.
 
     Raises:
-        RecipeError: The loss is not finite.
+        RecipeError: The loss is not finite, on any process.
     """
-    model, loaders, optimizer, scheduler, device = training
+    model, spread, loaders, optimizer, scheduler, processes = training
     model.train()
+    if processes.size > 1:
+        loaders.train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     loss_meter, accuracy_meter = timm.utils.AverageMeter(), timm.utils.AverageMeter()
     for step, (images, labels) in enumerate(loaders.train, start=epoch * len(loaders.train)):
         if scheduler is not None:
             scheduler.step_update(num_updates=step)
-        images, labels = images.to(device), labels.to(device)
-        output = model(images)
+        images, labels = images.to(processes.device), labels.to(processes.device)
+        buffers = [buffer.clone() for buffer in model.buffers()] if skip_nonfinite else []
+        output = spread(images)
         loss = nn.functional.cross_entropy(output, labels)
-        if not math.isfinite(loss.item()):
-            raise RecipeError(
-                f"the loss is {loss.item()} at step {step} (epoch {epoch + 1}); the last "
-                "checkpoint is kept: lower lr or add warm-up (sched_kwargs warmup_epochs)"
-            )
+        (n_bad,) = processes.total([not math.isfinite(loss.item())])
+        bar.update()
+        if n_bad:
+            _report_nonfinite(loss.item(), step, epoch, stop=not skip_nonfinite, bar=bar)
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # running statistics have seen what made the loss so
+            continue
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss_meter.update(loss.item(), len(labels))
         accuracy_meter.update(_accuracy(output, labels), len(labels))
         bar.set_postfix(loss=f"{loss_meter.avg:.3f}", acc=f"{accuracy_meter.avg:.1f}%")
-        bar.update()
-    return {"train_loss": loss_meter.avg, "train_accuracy": accuracy_meter.avg}
+    return _averages("train", processes, loss_meter, accuracy_meter)
+
+
+def _report_nonfinite(loss: float, step: int, epoch: int, *, stop: bool, bar: "tqdm[Any]") -> None:
+    what = f"the loss is {loss} at step {step} (epoch {epoch + 1})"
+    if math.isfinite(loss):
+        what = f"the loss of another process is not finite at step {step} (epoch {epoch + 1})"
+    if stop:
+        raise RecipeError(
+            f"{what}; the last checkpoint is kept: lower lr, add warm-up (sched_kwargs "
+            "warmup_epochs), or pass --skip-nonfinite to leave such steps out"
+        )
+    bar.write(f"{what}; skipped")
+
+
+def _averages(kind: str, processes: Processes, *meters: Any) -> dict[str, float]:
+    """Return loss and accuracy over all processes; NaN if there was no step."""
+    sums = processes.total([value for meter in meters for value in (meter.sum, meter.count)])
+    loss, accuracy = (
+        total / count if count else math.nan
+        for total, count in zip(sums[::2], sums[1::2], strict=True)
+    )
+    return {f"{kind}_loss": loss, f"{kind}_accuracy": accuracy}
 
 
 @torch.no_grad()
 def _evaluate(training: Training) -> dict[str, float]:
-    training.model.eval()
+    model, _, loaders, _, _, processes = training
+    model.eval()  # not the DDP around it, which would copy the buffers of rank 0 at every call
     loss_meter, accuracy_meter = timm.utils.AverageMeter(), timm.utils.AverageMeter()
-    for images, labels in training.loaders.test:
-        images, labels = images.to(training.device), labels.to(training.device)
-        output = training.model(images)
-        loss_meter.update(nn.functional.cross_entropy(output, labels).item(), len(labels))
-        accuracy_meter.update(_accuracy(output, labels), len(labels))
-    return {"test_loss": loss_meter.avg, "test_accuracy": accuracy_meter.avg}
+    n_images, position = len(loaders.test.dataset), processes.rank  # type: ignore[arg-type]
+    for images, labels in loaders.test:
+        output = model(images.to(processes.device))
+        # The sampler repeats images so that all processes have as many.
+        new = torch.arange(len(labels)) * processes.size + position < n_images
+        position += len(labels) * processes.size
+        output, labels = output[new], labels[new].to(processes.device)
+        if len(labels):
+            loss_meter.update(nn.functional.cross_entropy(output, labels).item(), len(labels))
+            accuracy_meter.update(_accuracy(output, labels), len(labels))
+    return _averages("test", processes, loss_meter, accuracy_meter)
 
 
 def _accuracy(output: Tensor, labels: Tensor) -> float:
@@ -229,21 +287,33 @@ def _save(training: Training, recipe: Recipe, history: list[dict[str, Any]], pat
     timm's own saver unlinks the old file before it renames the new one; a run killed
     between the two would have no checkpoint.
     """
+    weights, states = whole(training.model.state_dict()), whole(training.optimizer.state_dict())
+    if not training.processes.is_primary:
+        return
     checkpoint = {
         "epoch": history[-1]["epoch"],
         "version": 2,
         "arch": recipe.model,
-        "state_dict": training.model.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
+        "state_dict": weights,
+        "optimizer": states,
         "recipe": dataclasses.asdict(recipe),
         "history": history,
     }
     unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+        if unfinished.is_file():
+            unfinished.unlink()
+        kept = "the one before it is intact" if path.exists() else "there is none yet"
+        raise RecipeError(
+            f"expected to write a checkpoint to {path}: {error}; {kept}: make room and run the "
+            "same command again"
+        ) from error
 
 
 def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, Any]]:
@@ -272,7 +342,12 @@ def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, An
             "or --fresh to replace it"
         )
     try:
-        timm.models.resume_checkpoint(training.model, str(path), training.optimizer, log_info=False)
+        if training.processes.sharded:
+            load_sharded(training.model, training.optimizer, checkpoint)
+        else:
+            timm.models.resume_checkpoint(
+                training.model, str(path), training.optimizer, log_info=False
+            )
     except (RuntimeError, ValueError, LookupError) as error:
         raise RecipeError(_broken(path, str(error))) from error
     return list(history)
@@ -294,6 +369,8 @@ def _write_report(
 ) -> None:
     end = spectra(training.model)
     text = report.audit_table(start, end, training.optimizer.spectral_norms())
+    if not training.processes.is_primary:
+        return
     (output / "audit.txt").write_text(text + "\n")
     title = f"{recipe.model} on {recipe.data}, {recipe.opt}, lambda {recipe.snr_lambda}"
     report.draw_curves(output / "curves.png", history, title)

@@ -1,5 +1,6 @@
 """SNROptimizer: any optimizer, with spectral norm regularization added to the gradients."""
 
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -132,7 +133,6 @@ class SNROptimizer(Optimizer):
         self._model = model
         self._selection = _reusable(include), _reusable(exclude)
         self._term = SpectralTerm(optimizer, estimator, strength, scaler)
-        self._removed = False
         # Their first parameters: groups are replaced, reordered and removed.
         self._groups_given_lambda: list[Tensor] = []
         self._set_up()
@@ -197,16 +197,23 @@ class SNROptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether ``step`` unscales by itself: no, even if the wrapped optimizer does.
 
-        GradScaler asks this at the start of its own ``step``, and is the only one to ask. That
-        makes it the place to notice a scaler that would divide lambda by its scale.
+        GradScaler asks this at the start of its own ``step``. That makes it the place to notice
+        a scaler that would divide lambda by its scale. Others ask too: Lightning does before it
+        clips, also without a scaler.
         """
-        if self._term.scaler is None and not self._removed:
+        asked_by_scaler = sys._getframe(1).f_code is torch.amp.GradScaler.step.__code__
+        if asked_by_scaler and self._term.scaler is None and not self._removed:
             raise RuntimeError(
                 "expected the GradScaler that steps this optimizer to be known, found "
                 "scaler=None: the term would be divided by the loss scale; nothing was "
                 "changed: pass the scaler as SNROptimizer(..., scaler=scaler)"
             )
         return False
+
+    @property
+    def _removed(self) -> bool:
+        """Kept where Lightning's optimizers, which forward reads but no assignments, find it."""
+        return self._term.removed
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -315,8 +322,8 @@ class SNROptimizer(Optimizer):
         """
         self._hooks.remove()
         self._withdraw_lambda()
-        self._removed = True
-        self._term.targets, self._frozen = (), []
+        self._term.removed, self._term.targets = True, ()
+        self._frozen.clear()
 
     def _complete_groups(self) -> None:
         """Write the default lambda into groups without one, where users can see it."""
@@ -352,7 +359,7 @@ class SNROptimizer(Optimizer):
 
     def _note_frozen(self) -> None:
         """Remember which weights may join the targets once they are trained."""
-        self._frozen = [
+        self._frozen[:] = [
             found.parameter
             for found in linear_maps(self._model)
             if self._term.holds(found.parameter) and not found.parameter.requires_grad
@@ -415,7 +422,6 @@ class SNROptimizer(Optimizer):
             "_model",
             "_selection",
             "_term",
-            "_removed",
             "_groups_given_lambda",
         )
         return {name: self.__dict__[name] for name in kept}
@@ -470,6 +476,12 @@ def _check_optimizer(optimizer: object) -> None:
         raise ValueError(
             "expected an optimizer without regularization, found an SNROptimizer: wrap once, "
             f"and use {STRENGTH!r} in param groups for several strengths"
+        )
+    if any(base.__name__ == "AcceleratedOptimizer" for base in type(optimizer).__mro__):
+        raise ValueError(
+            "expected an optimizer that accelerate has not prepared, found an "
+            "AcceleratedOptimizer, which holds steps and zeroings back during accumulation, so "
+            "that every micro-batch would get a term: wrap first, then pass the wrapper to prepare"
         )
     for index, group in enumerate(optimizer.param_groups):
         checked_strength(group.get(STRENGTH, 0.0), f"{STRENGTH} of group {index}")

@@ -30,6 +30,7 @@ class SpectralTerm:
         self.scaler = scaler
         self.default = default
         self.targets: tuple[Target, ...] = ()
+        self.removed = False
         self._optimizer = optimizer
         self._terms: dict[str, tuple[int, Term]] = {}
         self._group_of: dict[int, int] = {}

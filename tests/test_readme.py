@@ -18,6 +18,9 @@ def blocks(language):
     return [text for name, text in BLOCKS if name == language]
 
 
+# Upstream's: of Lightning at every fit, and of torch.distributed.checkpoint in one process.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning")
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code):
     torch.manual_seed(0)
