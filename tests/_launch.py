@@ -18,7 +18,11 @@ def torchrun(arguments, n_processes, timeout=300):
     """Run ``torchrun`` and return the finished process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={n_processes}", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(TESTS.parent),
+    }
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=TESTS.parent
     )

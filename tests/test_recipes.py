@@ -3,13 +3,8 @@
 import csv
 import dataclasses
 import io
-import os
 import pickle
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -150,41 +145,6 @@ def test_a_run_interrupted_after_an_epoch_ends_at_the_same_weights(opt, monkeypa
     assert rows("whole") == rows("parts")
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "recipes.train", "digits", *arguments]
-
-
-def environment():
-    # As many threads as this process: sums are split, and rounded, by thread.
-    threads = str(torch.get_num_threads())
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
-
-
-def test_a_run_killed_at_any_moment_resumes_to_the_same_weights():
-    options = ["--epochs", "3", "--subset", "128", "--output", "killed"]
-    run(Recipe(**{**read("digits"), "epochs": 3, "subset": 128}), Path("whole"))
-    for _ in range(3):
-        process = subprocess.Popen(
-            command(*options),
-            env=environment(),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        before = Path("killed", CHECKPOINT).stat().st_mtime_ns if Path("killed").exists() else 0
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            path = Path("killed", CHECKPOINT)
-            if path.exists() and path.stat().st_mtime_ns != before:
-                break
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(timeout=60) in (0, -signal.SIGKILL)
-    last = subprocess.run(command(*options), env=environment(), timeout=300, capture_output=True)
-    assert last.returncode == 0, last.stderr.decode()
-    assert_same_weights("whole", "killed")
-    assert rows("whole") == rows("killed")
-
-
 def test_a_run_killed_between_the_last_checkpoint_and_its_metrics_completes_them():
     run(toy(), Path("out"))
     complete = rows("out")
@@ -202,24 +162,6 @@ def test_a_finished_run_is_not_trained_again_unless_asked(capsys):
     assert Path("out", CHECKPOINT).stat().st_mtime_ns == before
     run(toy(), Path("out"), fresh=True)
     assert Path("out", CHECKPOINT).stat().st_mtime_ns != before
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_intact(monkeypatch):
-    run(toy(epochs=1), Path("out"))
-    before = Path("out", CHECKPOINT).read_bytes()
-
-    def full_disk(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        run(toy(epochs=1), Path("out"), fresh=True)
-    assert Path("out", CHECKPOINT).read_bytes() == before
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint():
-    with pytest.raises(RecipeError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d\).*lower"):
-        run(toy(lr=1e30, sched="none", sched_kwargs={}), Path("out"))
 
 
 # --- data ---
