@@ -1,5 +1,7 @@
 """The regularization term lambda * sigma * u v^T, at the scale the gradient has."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,8 @@ class SpectralTerm:
         factor = strength * term.sigma
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
+        if grad.dtype is torch.float16:
+            _warn_of_underflow(target, term, factor)
         term.add(grad, factor)
 
     def outdate(self) -> None:
@@ -112,3 +116,19 @@ class SpectralTerm:
             )
         # The public way to read the scale without a host synchronization.
         return scaler.scale(torch.ones((), device=device))
+
+
+def _warn_of_underflow(target: Target, term: Term, factor: float | Tensor) -> None:
+    """Say so if nothing of a term is left in a float16 gradient.
+
+    Reading the largest entry waits for the device; gradients of other dtypes are spared it.
+    """
+    largest = float(factor * term.u.abs().max() * term.v.abs().max())
+    if 0 < largest < 2**-25:  # half the smallest float16, rounded to zero
+        warnings.warn(
+            f"the term of {target.name!r} underflows: its largest entry is {largest:.2g}, and "
+            "float16 gradients have none below 6e-8, so that the weight is not regularized: "
+            "scale the loss and pass scaler=, or train in bfloat16 or with float32 weights under "
+            "autocast",
+            stacklevel=2,
+        )
