@@ -96,6 +96,7 @@ def started(*, sharded: bool = False) -> Iterator[Processes]:
         alone = False
     yield Processes(found.rank, found.world_size, torch.device(found.device), sharded)
     if not alone:  # not after an error, when others may not answer any more
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -468,9 +468,11 @@ def _replaced(name: str) -> RuntimeError:
 
 def _check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
+        hint = "pass the optimizer first and the model second"
+        if not isinstance(optimizer, nn.Module):
+            hint = "wrap the torch.optim.Optimizer that it holds, and give it the wrapper"
         raise TypeError(
-            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}: pass the "
-            "optimizer first and the model second"
+            f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}: {hint}"
         )
     if isinstance(optimizer, SNROptimizer):
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from snr_hooks.checks import STRENGTH, checked_strength
 from snr_hooks.discovery import Target
 from snr_hooks.estimators import Estimator, Term
+from snr_hooks.sharding import local
 
 
 class SpectralTerm:
@@ -34,7 +35,7 @@ class SpectralTerm:
         self.targets: tuple[Target, ...] = ()
         self.removed = False
         self._optimizer = optimizer
-        self._terms: dict[str, tuple[int, Term]] = {}
+        self._terms: dict[str, tuple[tuple[int, int], Term]] = {}
         self._group_of: dict[int, int] = {}
         self.regrouped = False
         """Whether parameters have come or gone since this was last set to False."""
@@ -73,12 +74,20 @@ class SpectralTerm:
         if strength == 0:
             return
         term = self._current(target)
-        factor = strength * term.sigma
+        factor = self._direction(target.parameter) * strength * term.sigma
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
         if grad.dtype is torch.float16:
             _warn_of_underflow(target, term, factor)
         term.add(grad, factor)
+
+    def _direction(self, parameter: Tensor) -> float:
+        """Return -1 for a group that maximizes, whose optimizer ascends along gradients.
+
+        Sigma is to shrink there too, as a weight does under weight decay.
+        """
+        group = self._optimizer.param_groups[self._group_of[id(parameter)]]
+        return -1.0 if group.get("maximize") else 1.0
 
     def outdate(self) -> None:
         """Compute the terms anew when one is asked for next."""
@@ -92,11 +101,11 @@ class SpectralTerm:
         again.
         """
         known = self._terms.get(target.name)
-        if known is None or known[0] != target.parameter._version:
+        if known is None or known[0] != _written(target.parameter):
             active = [t for t in self.targets if self._is_due(t, asked=target)]
             terms = self.estimator.advance(active)
             self._terms = {
-                t.name: (t.parameter._version, term) for t, term in zip(active, terms, strict=True)
+                t.name: (_written(t.parameter), term) for t, term in zip(active, terms, strict=True)
             }
             known = self._terms[target.name]
         return known[1]
@@ -123,7 +132,7 @@ def _warn_of_underflow(target: Target, term: Term, factor: float | Tensor) -> No
 
     Reading the largest entry waits for the device; gradients of other dtypes are spared it.
     """
-    largest = float(factor * term.u.abs().max() * term.v.abs().max())
+    largest = abs(float(factor)) * float(term.u.abs().max() * term.v.abs().max())
     if 0 < largest < 2**-25:  # half the smallest float16, rounded to zero
         warnings.warn(
             f"the term of {target.name!r} underflows: its largest entry is {largest:.2g}, and "
@@ -132,3 +141,8 @@ def _warn_of_underflow(target: Target, term: Term, factor: float | Tensor) -> No
             "autocast",
             stacklevel=2,
         )
+
+
+def _written(parameter: Tensor) -> tuple[int, int]:
+    """Return what changes when a weight is written to, or its memory exchanged (``p.data =``)."""
+    return parameter._version, local(parameter).data_ptr()

@@ -68,4 +68,7 @@ def work(scenarios):
             path = folder / "results" / f"{scenario.__name__}.json"
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(found))
+    dist.barrier()  # none leaves before all are done
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads do not always survive the end of the interpreter

@@ -214,6 +214,20 @@ def test_lambda_zero_is_the_plain_optimizer_and_computes_nothing(monkeypatch):
 # --- param groups and unfreezing ---
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_maximizing_groups_have_their_norms_pressed_down_too(make):
+    ascending, descending = build("mlp"), build("mlp")
+    for model, sign in ((ascending, -1), (descending, 1)):
+        base = make(model.parameters(), lr=0.01, maximize=sign < 0)
+        opt = SNROptimizer(base, model, 0.1, exact=True)
+        for _ in range(5):
+            opt.zero_grad()
+            (sign * model(model.example).square().mean()).backward()
+            opt.step()
+    for p, q in zip(ascending.parameters(), descending.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-15)
+
+
 def test_add_param_group_regularizes_what_it_brings():
     model = build("mlp")
     opt = SNROptimizer(sgd(model.body[0]), model, LAMBDA)
