@@ -219,9 +219,7 @@ def check_not_captured(grad: Tensor) -> None:
         )
 
 
-@torch.library.custom_op(
-    "snr_hooks::accumulated", mutates_args={"grad"}, tags=(torch.Tag.cudagraph_unsafe,)
-)
+@torch.library.custom_op("snr_hooks::accumulated", mutates_args={"grad"})
 def _accumulated(grad: Tensor, was_reset: Tensor | None, key: int) -> None:
     """Do what the hooks do, as one operator that compiled autograd does not look into.
 
