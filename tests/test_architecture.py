@@ -21,7 +21,7 @@ ALLOWED = {
     "estimators": {"discovery", "products", "sharding", "subspace", "views"},
     "hooks": {"discovery"},
     "checks": {"discovery", "sharding"},
-    "term": {"checks", "discovery", "estimators"},
+    "term": {"checks", "discovery", "estimators", "sharding"},
     "optimizer": {"checks", "discovery", "estimators", "hooks", "term"},
     "diagnostics": {"_text", "discovery"},
     "__init__": {"diagnostics", "discovery", "optimizer"},
