@@ -39,6 +39,16 @@ def results(worker, n_processes, folder):
     return found
 
 
+def results_of_two_and_four(worker, root):
+    """Return ``results`` by number of processes; four run after two, and may use their files."""
+    found = {}
+    for n in (2, 4):
+        (root / str(n)).mkdir()
+        found[n] = results(worker, n, root / str(n))
+        assert all(len(ranks) == n for ranks in found[n].values())
+    return found
+
+
 def differs_between_ranks(tensors):
     """The names of tensors that are not bitwise the same on all ranks."""
     import torch

@@ -16,7 +16,7 @@ import torch
 from _models import Net
 from _oracles import exact_terms, penalty
 from torch import nn
-from torch.optim import LBFGS, SGD, Muon, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 from snr_hooks import SNROptimizer, audit, discover
 
@@ -37,7 +37,7 @@ def regularized(model, **options):
 
 def from_torch(cls, model, wrap, **options):
     # Muon refuses what is no matrix. Many iterations of LBFGS blow rounding up.
-    params = [p for p in model.parameters() if cls is not Muon or p.ndim == 2]
+    params = [p for p in model.parameters() if cls.__name__ != "Muon" or p.ndim == 2]
     options |= {"max_iter": 4} if cls is LBFGS else {}
     return wrap(cls(params, lr=LR, **options))
 

@@ -1,7 +1,7 @@
 """Models sharded by ``fully_shard`` (FSDP2) train as whole ones do, and no weight is gathered."""
 
 import pytest
-from _launch import results
+from _launch import results_of_two_and_four
 
 TRAJECTORIES = [
     "default",
@@ -16,18 +16,11 @@ TRAJECTORIES = [
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """What two processes found, and then four, which load what the two have saved."""
-    root = tmp_path_factory.mktemp("fsdp")
-    found = {}
-    for n in (2, 4):
-        (root / str(n)).mkdir()
-        found[n] = results("_fsdp_worker.py", n, root / str(n))
-    return found
+    return results_of_two_and_four("_fsdp_worker.py", tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.fixture(params=[2, 4])
 def found(request, both):
-    assert all(len(ranks) == request.param for ranks in both[request.param].values())
     return both[request.param]
 
 
