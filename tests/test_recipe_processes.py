@@ -104,6 +104,7 @@ def test_the_first_process_alone_writes_and_shows_progress(folder):
         assert (folder / name / "stderr").read_text().count("epoch 1/2:   0%") == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_on_any_number_of_processes(folder, tmp_path, monkeypatch):
     """From the first epoch of a data-parallel run, sharded on two and plain on one."""
     start = tmp_path / "start"
@@ -139,6 +140,7 @@ def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path):
     assert len(checkpoint(tmp_path / "out")["history"]) == 1  # and it can go on from there
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path):
     bad = [*TWO, "--lr", "1e30", "--sched", "none", "--sched-kwargs"]
     arguments = ["-m", "recipes.train", *bad, "--output", tmp_path / "out"]
