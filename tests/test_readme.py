@@ -38,7 +38,7 @@ def test_blocks_for_torchrun_run_on_two_processes(tmp_path):
     (tmp_path / "train.py").write_text(code)
     finished = torchrun([tmp_path / "train.py"], 2, timeout=120)
     assert finished.returncode == 0, finished.stderr
-    first, second = (line for line in finished.stdout.splitlines() if line.startswith("{"))
+    first, second = re.findall(r"\{.*?\}", finished.stdout)  # older torch prints of its own
     assert first == second  # both know the same norms
     assert set(ast.literal_eval(first)) == {"0.weight", "2.weight"}
 
