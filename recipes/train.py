@@ -198,13 +198,14 @@ def train_epoch(
         The average loss and accuracy over the steps of the epoch, all processes together.
 
     Raises:
-        RecipeError: The loss is not finite, on any process.
+        RecipeError: The loss is not finite, on any process; with ``skip_nonfinite``, in any step.
     """
     model, spread, loaders, optimizer, scheduler, processes = training
     model.train()
     if processes.size > 1:
         loaders.train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     loss_meter, accuracy_meter = timm.utils.AverageMeter(), timm.utils.AverageMeter()
+    n_skipped = 0
     for step, (images, labels) in enumerate(loaders.train, start=epoch * len(loaders.train)):
         if scheduler is not None:
             scheduler.step_update(num_updates=step)
@@ -218,6 +219,7 @@ def train_epoch(
             _report_nonfinite(loss.item(), step, epoch, stop=not skip_nonfinite, bar=bar)
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)  # running statistics have seen what made the loss so
+            n_skipped += 1
             continue
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -225,6 +227,11 @@ def train_epoch(
         loss_meter.update(loss.item(), len(labels))
         accuracy_meter.update(_accuracy(output, labels), len(labels))
         bar.set_postfix(loss=f"{loss_meter.avg:.3f}", acc=f"{accuracy_meter.avg:.1f}%")
+    if n_skipped == len(loaders.train):
+        raise RecipeError(
+            f"the loss was not finite in any step of epoch {epoch + 1}, so that there is nothing "
+            "to go on with: start again, in another --output or with --fresh, with a lower lr"
+        )
     return _averages("train", processes, loss_meter, accuracy_meter)
 
 
@@ -234,19 +241,18 @@ def _report_nonfinite(loss: float, step: int, epoch: int, *, stop: bool, bar: "t
         what = f"the loss of another process is not finite at step {step} (epoch {epoch + 1})"
     if stop:
         raise RecipeError(
-            f"{what}; the last checkpoint is kept: lower lr, add warm-up (sched_kwargs "
-            "warmup_epochs), or pass --skip-nonfinite to leave such steps out"
+            f"{what}: pass --skip-nonfinite to go on from the last finished epoch without such "
+            "steps, or start again, in another --output or with --fresh, with a lower lr or "
+            "warm-up (sched_kwargs warmup_epochs)"
         )
-    bar.write(f"{what}; skipped")
+    if not bar.disable:
+        bar.write(f"{what}; skipped")
 
 
 def _averages(kind: str, processes: Processes, *meters: Any) -> dict[str, float]:
-    """Return loss and accuracy over all processes; NaN if there was no step."""
+    """Return loss and accuracy over all processes."""
     sums = processes.total([value for meter in meters for value in (meter.sum, meter.count)])
-    loss, accuracy = (
-        total / count if count else math.nan
-        for total, count in zip(sums[::2], sums[1::2], strict=True)
-    )
+    loss, accuracy = (total / count for total, count in zip(sums[::2], sums[1::2], strict=True))
     return {f"{kind}_loss": loss, f"{kind}_accuracy": accuracy}
 
 
@@ -330,7 +336,8 @@ def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, An
     if not complete:
         raise RecipeError(_broken(path, "incomplete"))
     current = dataclasses.asdict(recipe)
-    free = {"workers", "download", "data_dir"}  # may change without changing the result
+    # May change: these do not touch the result, or only say how to go on.
+    free = {"workers", "download", "data_dir", "skip_nonfinite"}
     differing = [
         f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
         for key in sorted(saved.keys() | current.keys())

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snr_hooks.discovery import Skipped, Target
-from snr_hooks.sharding import is_fsdp1
+from snr_hooks.sharding import is_fsdp1, whole
 
 STRENGTH = "snr_lambda"
 """Key of lambda in a param group."""
@@ -75,7 +75,7 @@ def check_values(target: Target) -> None:
         )
     finite = weight.detach().isfinite()
     if not finite.all():
-        bad = weight.numel() - int(finite.sum())
+        bad = weight.numel() - int(whole(finite).sum())
         raise ValueError(
             f"expected finite weights, found {bad} of {weight.numel()} entries of "
             f"{target.name!r} NaN or infinite: initialize the model, or load a sound checkpoint"

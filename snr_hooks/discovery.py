@@ -194,10 +194,14 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
 def _wrapped_at(module: nn.Module) -> str | None:
     """Return the attribute at which a wrapper such as DDP holds a model, None if it is none.
 
-    By the wrapper's name, because importing torch.compile's takes seconds.
+    By the names of its classes, because importing torch.compile's takes seconds; of all of
+    them, because ``fully_shard`` derives a class of its own from that of a module.
     """
-    attribute = _WRAPPERS.get(type(module).__name__)
-    return attribute if attribute in module._modules else None
+    for base in type(module).__mro__:
+        attribute = _WRAPPERS.get(base.__name__)
+        if attribute in module._modules:
+            return attribute
+    return None
 
 
 def _named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -277,6 +281,8 @@ def _matcher(
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             within = any(name.startswith(f"{pattern}.") for name in names)
             hint = f"of that module: '{pattern}.*'" if within else nearest(pattern, names)
+            if any(f"{prefix}." in pattern for prefix in _WRAPPERS.values()):
+                hint = "names are those of the bare model, without what DDP and torch.compile add"
             message = f"the {which} pattern {pattern!r} matches no parameter of the model; {hint}"
             if which == "include":
                 raise ValueError(message)

@@ -33,6 +33,7 @@ from snr_hooks.discovery import (
 )
 from snr_hooks.estimators import Estimator, ExactSVD, Held, SubspaceIteration
 from snr_hooks.hooks import GradientHooks
+from snr_hooks.sharding import reshard
 from snr_hooks.term import SpectralTerm
 
 # A fused optimizer with these unscales by itself; forwarded from one they would mislead.
@@ -267,6 +268,7 @@ class SNROptimizer(Optimizer):
         silent = self._hooks.silent()
         if silent:
             check_sharding(self._model)
+            reshard(self._model)
         for target in silent:
             if parameter_at(self._model, target.name) is not target.parameter:
                 raise _replaced(target.name)
@@ -348,6 +350,7 @@ class SNROptimizer(Optimizer):
 
     def _discover(self) -> Discovery:
         """Discover, less what the optimizer does not hold."""
+        reshard(self._model)
         found = discover(self._model, *self._selection)
         held = [target for target in found.targets if self._term.holds(target.parameter)]
         missing = [

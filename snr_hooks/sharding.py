@@ -69,6 +69,17 @@ def is_fsdp1(model: nn.Module) -> bool:
     return managed and not fsdp2
 
 
+def reshard(model: nn.Module) -> None:
+    """Put the sharded parameters, which the optimizer holds, back into a model's modules.
+
+    After a forward pass without backward, as in an evaluation, the root of a model sharded by
+    ``fully_shard`` holds whole ones.
+    """
+    for module in model.modules():
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
+
+
 def part_of(weight: Tensor) -> Part | str:
     """Return which part of a sharded weight this process holds, or why that is no good.
 

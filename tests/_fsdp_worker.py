@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from _launch import differs_between_ranks, work
 from _oracles import exact_terms
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -278,6 +279,36 @@ def refused(folder):
     return found
 
 
+def after_an_evaluation(folder):
+    """Wrapping, and a step with an unused weight, after a forward pass without backward."""
+    found = {}
+    model, whole = shard(network()), network()
+    base = sgd(model)
+    evaluate(model)
+    opt = SNROptimizer(base, model, LAMBDA)
+    found["targets"] = [target.name for target in opt.targets]
+    train(whole, SNROptimizer(sgd(whole), whole, LAMBDA), 5)
+    train(model, opt, 5, part=mine)
+    found["from_reference"] = distance(model, whole)
+    opt.zero_grad()
+    evaluate(model)
+    found["step"] = message(opt.step)  # all weights are unused
+    found["add"] = message(lambda: opt.add_param_group({"params": [torch.ones(2)]}))
+    return found
+
+
+def evaluate(model):
+    with torch.no_grad():
+        loss(model, mine(next(batches())))
+
+
+def wrapped_inside(folder):
+    """Names of weights in a checkpoint wrapper that was sharded."""
+    model = network()
+    model.hidden = checkpoint_wrapper(model.hidden)
+    return [target.name for target in discover(shard(model)).targets]
+
+
 def fsdp1(model, use_orig_params):
     cpu = torch.device("cpu")
     return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=cpu)
@@ -317,4 +348,4 @@ SCENARIOS = [trajectories, layouts, accumulation, communication, checkpoints]
 
 if __name__ == "__main__":
     two = os.environ["WORLD_SIZE"] == "2"
-    work(SCENARIOS + [terms, norms, refused] * two)
+    work(SCENARIOS + [terms, norms, after_an_evaluation, wrapped_inside, refused] * two)

@@ -22,7 +22,7 @@ ALLOWED = {
     "hooks": {"discovery"},
     "checks": {"discovery", "sharding"},
     "term": {"checks", "discovery", "estimators", "sharding"},
-    "optimizer": {"checks", "discovery", "estimators", "hooks", "term"},
+    "optimizer": {"checks", "discovery", "estimators", "hooks", "sharding", "term"},
     "diagnostics": {"_text", "discovery"},
     "__init__": {"diagnostics", "discovery", "optimizer"},
 }

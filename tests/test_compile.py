@@ -125,6 +125,38 @@ def test_compiled_autograd_notices_gradients_reset_past_the_optimizer():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
 
 
+def test_compiled_autograd_adds_a_term_a_step_to_gradients_that_are_kept():
+    reference, model = build("mlp"), build("mlp")
+    for trained, backward in (
+        (reference, nullcontext),
+        (model, lambda: compiled_autograd._enable(torch.compile(backend="eager"))),
+    ):
+        opt = SNROptimizer(sgd(trained), trained, 0.05)
+        for _ in range(3):  # without zero_grad
+            loss = trained(trained.example).square().mean()
+            with backward():
+                loss.backward()
+            opt.step()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+def test_compiled_autograd_takes_a_gradient_with_some_zeros_for_no_reset():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2).double())
+    weight = model[0].weight
+    weight.data[:, 0] = 0  # so that u v^T has a zero column, as the gradient has
+    opt = SNROptimizer(sgd(model), model, 0.05, exact=True)
+    x = torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
+    grads = []
+    for _ in range(2):
+        loss = model(x).sum()
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        grads.append(weight.grad.clone())
+    torch.testing.assert_close(grads[1] - grads[0], x.expand(2, 3))  # no second term
+    opt.remove()
+
+
 @pytest.mark.filterwarnings("ignore:Profiler record function:UserWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_step_is_compiled_as_that_of_the_wrapped_optimizer(backend):
@@ -166,3 +198,12 @@ def test_cuda_graph_capture_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="outside of CUDA graph capture, found it inside"):
         check_not_captured(on_gpu)
     check_not_captured(torch.ones(1))
+
+
+def test_every_term_asks_for_a_capture(monkeypatch):
+    seen = []
+    monkeypatch.setattr("snr_hooks.hooks.check_not_captured", seen.append)
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, 0.05)
+    model(model.example).sum().backward()
+    assert len(seen) == len(opt.targets)

@@ -243,6 +243,18 @@ def test_names_are_those_of_the_model_inside_its_wrappers():
         assert parameter_at(wrapped, "body.2.other") is None
 
 
+def test_a_pattern_with_the_prefix_of_a_wrapper_is_told_from_a_typo():
+    with pytest.raises(ValueError, match=r"'module\.body\.\*' matches no.*of the bare model"):
+        discover(nn.DataParallel(build("mlp")), include="module.body.*")
+
+
+def test_a_class_that_is_only_called_like_a_wrapper_is_none():
+    class DataParallel(nn.Linear):
+        pass
+
+    assert names(discover(nn.Sequential(DataParallel(2, 2)))) == ["0.weight"]
+
+
 def test_both_lists_are_in_the_order_of_the_model():
     model = Exotic()
     order = [name for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -15,7 +15,7 @@ import torch
 
 from recipes import train
 from recipes.recipe import Recipe, RecipeError, read
-from recipes.train import CHECKPOINT, build, run
+from recipes.train import CHECKPOINT, run
 
 ROOT = Path(__file__).parent.parent
 TOY = {"epochs": 3, "subset": 64, "batch_size": 32}
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_to_leaves_the_last_one_intact():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint():
-    message = r"the loss is (nan|inf) at step \d+ \(epoch \d\).*lower lr.*--skip-nonfinite"
+    message = r"the loss is (nan|inf) at step \d+ \(epoch \d\): pass --skip-nonfinite.*lower lr"
     with pytest.raises(RecipeError, match=message):
         run(toy(lr=1e30, sched="none", sched_kwargs={}), Path("out"))
 
@@ -193,14 +193,21 @@ def test_steps_with_a_loss_that_is_not_finite_are_skipped_if_asked(monkeypatch, 
     assert all(float(row["test_loss"]) < 10 for row in rows("out"))
 
 
-def test_skipping_every_step_of_an_epoch_leaves_the_weights_alone(monkeypatch, capsys):
-    recipe = toy(skip_nonfinite=True, epochs=1)
-    before = build(recipe).model.state_dict()
-    poisoned({0, 1}, monkeypatch)
-    run(recipe, Path("out"))
-    after = torch.load(Path("out", CHECKPOINT), weights_only=True)["state_dict"]
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert rows("out")[0]["train_loss"] == "nan"
+def test_skipping_every_step_of_an_epoch_stops_the_run(monkeypatch, capsys):
+    poisoned({2, 3}, monkeypatch)
+    with pytest.raises(RecipeError, match="not finite in any step of epoch 2"):
+        run(toy(skip_nonfinite=True), Path("out"))
+    assert len(rows("out")) == 1
     printed = "".join(capsys.readouterr())
-    for step in (0, 1):
-        assert f"the loss is nan at step {step} (epoch 1); skipped" in printed
+    for step in (2, 3):
+        assert f"the loss is nan at step {step} (epoch 2); skipped" in printed
+
+
+def test_a_run_stopped_by_a_loss_goes_on_when_asked_to_skip(monkeypatch):
+    with monkeypatch.context() as patch:
+        poisoned({3}, patch)
+        with pytest.raises(RecipeError, match=r"nan at step 3 \(epoch 2\): pass --skip-nonfinite"):
+            run(toy(), Path("out"))
+    assert len(rows("out")) == 1
+    run(toy(skip_nonfinite=True), Path("out"))
+    assert len(rows("out")) == 3

@@ -107,3 +107,15 @@ def test_sharding_after_wrapping_and_fsdp1_are_refused_before_a_step(two):
 def test_a_checkpoint_of_two_processes_continues_on_four(both):
     assert max(both[2]["checkpoints"]) <= 1e-12
     assert max(both[4]["checkpoints"]) <= 1e-12
+
+
+def test_an_evaluation_before_wrapping_or_stepping_hides_no_weight(two):
+    for rank in two["after_an_evaluation"]:
+        assert len(rank["targets"]) == 5
+        assert rank["from_reference"] <= 1e-12
+        assert rank["step"] == rank["add"] == "no error"
+
+
+def test_names_leave_wrappers_out_that_were_sharded(two):
+    names = ["conv.weight", "up.weight", "hidden.weight", "narrow.weight", "head.weight"]
+    assert two["wrapped_inside"] == [names, names]

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from _models import build
 from _oracles import exact_terms
 
 from snr_hooks import SNROptimizer
+from snr_hooks.estimators import Term
+from snr_hooks.term import _warn_of_underflow
 
 LAMBDA = 0.05
 INFINITE = {3, 4, 17, 30, 31, 32}
@@ -118,3 +122,12 @@ def test_a_term_that_underflows_in_float16_is_reported_and_a_scaled_one_is_not()
     assert backward(1e-6) == [True, True]
     assert backward(1e-8, torch.bfloat16) == [True, True]
     assert backward(0.0) == [False, False]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize(("share", "lost"), [(0.9, True), (1.1, False)])
+def test_underflow_begins_at_half_the_smallest_float16(sign, side, share, lost):
+    term = Term(1.0, side * torch.ones(2), torch.ones(2), None)
+    with pytest.warns(UserWarning, match="underflows") if lost else nullcontext():
+        _warn_of_underflow(SimpleNamespace(name="w"), term, sign * share * 2**-25)

@@ -228,6 +228,20 @@ def test_maximizing_groups_have_their_norms_pressed_down_too(make):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-15)
 
 
+def test_only_groups_that_maximize_have_the_sign_of_their_term_turned():
+    model, bare = build("mlp"), build("mlp")
+    first, second = list(model.body[0].parameters()), list(model.body[2].parameters())
+    base = torch.optim.SGD([{"params": first}, {"params": second, "maximize": True}], lr=0.1)
+    opt = SNROptimizer(base, model, 0.1, exact=True)
+    for m in (model, bare):
+        m(m.example).sum().backward()
+    for target, sign in zip(opt.targets, (1, -1), strict=True):
+        weight = bare.get_parameter(target.name)
+        u, s, vh = torch.linalg.svd(weight.detach(), full_matrices=False)
+        added = target.parameter.grad - weight.grad
+        torch.testing.assert_close(added, sign * 0.1 * s[0] * u[:, :1] * vh[:1])
+
+
 def test_add_param_group_regularizes_what_it_brings():
     model = build("mlp")
     opt = SNROptimizer(sgd(model.body[0]), model, LAMBDA)

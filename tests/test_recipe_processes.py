@@ -150,6 +150,29 @@ def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path):
     assert "at step 1 (epoch 1)" in finished.stderr
 
 
+def test_every_test_image_counts_once_if_they_cannot_be_shared_evenly(monkeypatch):
+    """Seven images on two processes, of which one sees one of them twice."""
+    counted = []
+
+    def only_here(_, values):
+        counted.append(values)
+        return values
+
+    monkeypatch.setattr(train.Processes, "total", only_here)
+    monkeypatch.setattr(train.Processes, "spread", lambda _, model: model)
+    create_datasets = train.create_datasets
+
+    def seven(recipe):
+        datasets = create_datasets(recipe)
+        del datasets.test.images[7:], datasets.test.labels[7:]
+        return datasets
+
+    monkeypatch.setattr(train, "create_datasets", seven)
+    for rank in range(2):
+        train._evaluate(train.build(parse(TWO)[0], train.Processes(rank, 2)))
+    assert [loss_count for _, loss_count, _, _ in counted] == [4, 3]
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     recipe = parse([*TWO, "--batch-size", "33"])[0]
     with pytest.raises(RecipeError, match="batch_size that 2 processes can share evenly, found 33"):
