@@ -33,6 +33,12 @@ def toy(**entries):
 
 def start(output, *options, limit=None):
     """Start the recipe as a user would; ``limit`` is the largest file it can write."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells ignore it in the background
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     # As many threads as this process: sums are split, and rounded, by thread.
     threads = str(torch.get_num_threads())
     return subprocess.Popen(
@@ -41,7 +47,7 @@ def start(output, *options, limit=None):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+        preexec_fn=prepare,
     )
 
 
