@@ -350,7 +350,8 @@ class SNROptimizer(Optimizer):
 
     def _discover(self) -> Discovery:
         """Discover, less what the optimizer does not hold."""
-        reshard(self._model)
+        if isinstance(self._model, nn.Module):  # if not, discover says so
+            reshard(self._model)
         found = discover(self._model, *self._selection)
         held = [target for target in found.targets if self._term.holds(target.parameter)]
         missing = [
