@@ -45,8 +45,8 @@ def checked_products(n_power_iterations: object) -> tuple[int, int]:
         raise TypeError(f"expected {what}, found {n_power_iterations!r}")
     products = 2 * float(n_power_iterations)
     steps = round(1 / products) if 0 < products < 1 else 1
-    whole = 0 < products < math.inf and math.isclose(products * steps, round(products * steps))
-    if not whole:  # but for the rounding of 0.5 / k
+    is_whole = 0 < products < math.inf and math.isclose(products * steps, round(products * steps))
+    if not is_whole:  # but for the rounding of 0.5 / k
         raise ValueError(
             f"expected {what} (0.5 is one product with each weight a step, 0.125 one every "
             f"fourth step), found {n_power_iterations!r}"

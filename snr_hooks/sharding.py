@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, without importing what many builds lack."""
+    """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
@@ -61,12 +61,16 @@ def is_fsdp1(model: nn.Module) -> bool:
     """
     managed = fsdp2 = False
     for module in model.modules():
-        kinds = {base.__name__ for base in type(module).__mro__}
-        if "FullyShardedDataParallel" in kinds:
+        if _is_a("FullyShardedDataParallel", module):
             return True
-        fsdp2 |= "FSDPModule" in kinds
+        fsdp2 |= _is_a("FSDPModule", module)
         managed |= getattr(module, "_is_fsdp_managed_module", False) is True
     return managed and not fsdp2
+
+
+def _is_a(name: str, module: nn.Module) -> bool:
+    """Return whether a class of a module has a name, without importing what many builds lack."""
+    return any(base.__name__ == name for base in type(module).__mro__)
 
 
 def reshard(model: nn.Module) -> None:
@@ -76,7 +80,7 @@ def reshard(model: nn.Module) -> None:
     ``fully_shard`` holds whole ones.
     """
     for module in model.modules():
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        if _is_a("FSDPModule", module):
             module.reshard()  # type: ignore[operator]
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from _launch import differs_between_ranks, work
+from _launch import batches, differs_between_ranks, mine, work
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.join import Join
@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from snr_hooks import SNROptimizer
 
 LAMBDA = 0.05
-BATCH = 24
 
 
 class Net(nn.Module):
@@ -34,16 +33,6 @@ class Net(nn.Module):
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     return Net().to(dtype)
-
-
-def batches(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    while True:
-        yield torch.randn(BATCH, 2, 6, 6, generator=generator, dtype=dtype)
-
-
-def mine(x):
-    return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def loss(model, x, step, **options):

@@ -5,7 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from _launch import differs_between_ranks, work
+from _launch import batches, differs_between_ranks, mine, work
 from _oracles import exact_terms
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 from snr_hooks import SNROptimizer, audit, discover
 
 LAMBDA = 0.05
-BATCH = 24  # divisible by every number of processes used
 
 
 class Net(nn.Module):
@@ -48,16 +47,6 @@ def shard(model, **options):
     for layer in (model.hidden, model.up):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
-
-
-def batches(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    while True:
-        yield torch.randn(BATCH, 2, 6, 6, generator=generator, dtype=dtype)
-
-
-def mine(x):
-    return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def loss(model, x, step=0):

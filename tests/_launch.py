@@ -11,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 TESTS = Path(__file__).parent
 
 
@@ -49,11 +52,20 @@ def results_of_two_and_four(worker, root):
     return found
 
 
+def batches(dtype=torch.float64):
+    """Draw batches of images, the same in every process, that 2, 3 and 4 processes can share."""
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randn(24, 2, 6, 6, generator=generator, dtype=dtype)
+
+
+def mine(x):
+    """Return this process's share of a batch."""
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def differs_between_ranks(tensors):
     """The names of tensors that are not bitwise the same on all ranks."""
-    import torch
-    import torch.distributed as dist
-
     differing = []
     for name, tensor in tensors.items():
         copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -65,9 +77,6 @@ def differs_between_ranks(tensors):
 
 def work(scenarios):
     """Run scenarios in this process, one of those that ``results`` starts."""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])

@@ -1,6 +1,8 @@
 """Settings for the whole suite."""
 
+import pytest
 import torch
+from _launch import results_of_two_and_four
 from hypothesis import settings
 
 # The tensors are small; and where something else uses the cores, threads that wait for each
@@ -11,3 +13,19 @@ torch.set_num_threads(1)
 # derandomized, so that a failure here is a failure everywhere.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module")
+def both(request, tmp_path_factory):
+    """What two and four processes found, of the worker that the test module names."""
+    return results_of_two_and_four(request.module.WORKER, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(params=[2, 4])
+def found(request, both):
+    return both[request.param]
+
+
+@pytest.fixture
+def two(both):
+    return both[2]

@@ -107,38 +107,38 @@ def test_compiled_autograd(backend, twice):
     assert not counters["graph_break"]
 
 
-def test_compiled_autograd_notices_gradients_reset_past_the_optimizer():
-    reference, model = build("mlp"), build("mlp")
-    for trained, backward in (
-        (reference, nullcontext),
-        (model, lambda: compiled_autograd._enable(torch.compile(backend="eager"))),
-    ):
-        opt = SNROptimizer(sgd(trained), trained, 0.05)
-        for reset_to_none in (True, False, True, False):
-            trained.zero_grad(set_to_none=reset_to_none)
-            for _ in range(2):
-                loss = trained(trained.example).square().mean()
-                with backward():
-                    loss.backward()
-        opt.step()
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+def assert_same_under_compiled_autograd(loop):
+    """Run a loop of (model, optimizer, backward) with and without, and compare the weights."""
+
+    def compiled(loss):
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+
+    models = build("mlp"), build("mlp")
+    for model, backward in zip(models, (torch.Tensor.backward, compiled), strict=True):
+        loop(model, SNROptimizer(sgd(model), model, 0.05), backward)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+def test_compiled_autograd_notices_gradients_reset_past_the_optimizer():
+    def loop(model, opt, backward):
+        for reset_to_none in (True, False, True, False):
+            model.zero_grad(set_to_none=reset_to_none)
+            for _ in range(2):
+                backward(model(model.example).square().mean())
+        opt.step()
+
+    assert_same_under_compiled_autograd(loop)
 
 
 def test_compiled_autograd_adds_a_term_a_step_to_gradients_that_are_kept():
-    reference, model = build("mlp"), build("mlp")
-    for trained, backward in (
-        (reference, nullcontext),
-        (model, lambda: compiled_autograd._enable(torch.compile(backend="eager"))),
-    ):
-        opt = SNROptimizer(sgd(trained), trained, 0.05)
+    def loop(model, opt, backward):
         for _ in range(3):  # without zero_grad
-            loss = trained(trained.example).square().mean()
-            with backward():
-                loss.backward()
+            backward(model(model.example).square().mean())
             opt.step()
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+    assert_same_under_compiled_autograd(loop)
 
 
 def test_compiled_autograd_takes_a_gradient_with_some_zeros_for_no_reset():

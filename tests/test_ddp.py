@@ -1,8 +1,8 @@
 """DistributedDataParallel trains as one process on the joined batch does."""
 
 import pytest
-from _launch import results_of_two_and_four
 
+WORKER = "_ddp_worker.py"
 TRAJECTORIES = [
     "plain",
     "accumulating",
@@ -13,21 +13,6 @@ TRAJECTORIES = [
     "find_unused",
     "zero",
 ]
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    return results_of_two_and_four("_ddp_worker.py", tmp_path_factory.mktemp("ddp"))
-
-
-@pytest.fixture(params=[2, 4])
-def found(request, both):
-    return both[request.param]
-
-
-@pytest.fixture
-def two(both):
-    return both[2]
 
 
 @pytest.mark.parametrize("case", TRAJECTORIES)

@@ -1,8 +1,8 @@
 """Models sharded by ``fully_shard`` (FSDP2) train as whole ones do, and no weight is gathered."""
 
 import pytest
-from _launch import results_of_two_and_four
 
+WORKER = "_fsdp_worker.py"
 TRAJECTORIES = [
     "default",
     "clipped",
@@ -12,21 +12,6 @@ TRAJECTORIES = [
     "every_other_step",
     "exact",
 ]
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    return results_of_two_and_four("_fsdp_worker.py", tmp_path_factory.mktemp("fsdp"))
-
-
-@pytest.fixture(params=[2, 4])
-def found(request, both):
-    return both[request.param]
-
-
-@pytest.fixture
-def two(both):
-    return both[2]
 
 
 @pytest.mark.parametrize("case", TRAJECTORIES)
