@@ -12,6 +12,7 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from recipes.processes import Processes
 from snr_hooks import SNROptimizer
 
 LAMBDA = 0.05
@@ -233,7 +234,15 @@ def resumed(folder):
     return {"distance": distance(model, other)}
 
 
-SCENARIOS = [trajectories, unused_on_some_ranks, resumed]
+def averaged(folder):
+    """Running statistics of the recipe's batch norms after an epoch."""
+    model = nn.BatchNorm1d(1)
+    model.running_mean.fill_(float(dist.get_rank()))
+    Processes(dist.get_rank(), dist.get_world_size()).average_batch_norms(model)
+    return model.running_mean.item()
+
+
+SCENARIOS = [trajectories, unused_on_some_ranks, resumed, averaged]
 
 if __name__ == "__main__":
     two = os.environ["WORLD_SIZE"] == "2"

@@ -65,3 +65,8 @@ def test_a_bfloat16_communication_hook_rounds_the_term_and_keeps_ranks_together(
 def test_ranks_that_run_out_of_data_leave_by_join(two):
     assert [rank["steps"] for rank in two["joined"]] == [5, 6]
     assert all(rank["differing"] == [] for rank in two["joined"])
+
+
+def test_running_statistics_are_averaged(found):
+    n = len(found["averaged"])
+    assert found["averaged"] == [(n - 1) / 2] * n

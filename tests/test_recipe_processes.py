@@ -150,6 +150,18 @@ def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path):
     assert "at step 1 (epoch 1)" in finished.stderr
 
 
+def test_all_processes_skip_a_step_whose_loss_is_not_finite_on_one(tmp_path):
+    """Under DDP, with batch norm, whose statistics must not remember the images."""
+    arguments = [TESTS / "_poisoned_rank.py", *TWO, "--model", "test_resnet"]
+    finished = torchrun([*arguments, "--skip-nonfinite", "--output", tmp_path / "out"], 2, 120)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    printed = finished.stdout + finished.stderr
+    assert printed.count("the loss of another process is not finite at step 1 (epoch 1)") == 1
+    state = checkpoint(tmp_path / "out")["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert state["bn1.num_batches_tracked"] == 3  # of 4 steps
+
+
 def test_every_test_image_counts_once_if_they_cannot_be_shared_evenly(monkeypatch):
     """Seven images on two processes, of which one sees one of them twice."""
     counted = []
