@@ -170,7 +170,7 @@ def power_penalty(model: nn.Module) -> Callable[[], Tensor]:
 
     def penalty() -> Tensor:
         total = torch.zeros(())
-        for i, (_, parameter, view) in enumerate(targets):
+        for i, (_, parameter, view, *_) in enumerate(targets):
             matrix = view.matrix(parameter)
             with torch.no_grad():
                 u = nn.functional.normalize(matrix @ vectors[i], dim=0)
@@ -186,7 +186,7 @@ def exact_penalty(model: nn.Module) -> Callable[[], Tensor]:
     targets = discover(model).targets
 
     def penalty() -> Tensor:
-        norms = [torch.linalg.matrix_norm(view.matrix(p), 2) for _, p, view in targets]
+        norms = [torch.linalg.matrix_norm(view.matrix(p), 2) for _, p, view, *_ in targets]
         return STRENGTH / 2 * torch.stack(norms).square().sum()
 
     return penalty
@@ -198,7 +198,7 @@ def training_step(model: nn.Module, method: str, size: int, batch: int) -> Calla
     model = copy.deepcopy(model)
     penalty: Callable[[], Tensor] = lambda: torch.zeros(())  # noqa: E731
     if method == "spectral_norm":
-        for name, _, _ in discover(model).targets:
+        for name, *_ in discover(model).targets:
             module, _, tensor = name.rpartition(".")
             spectral_norm(model.get_submodule(module), tensor)
     elif method == "penalty, power iteration":

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from snr_hooks.choices import checked_strength
 from snr_hooks.discovery import Skipped, Target
 from snr_hooks.sharding import is_fsdp1, whole
 
@@ -17,16 +18,20 @@ STATE_KEY = "snr_hooks"
 """Entry of the state dict that holds the singular vectors, by parameter name."""
 
 
-def checked_strength(value: Any, what: str) -> float:
-    """Return lambda as a float, or say what is wrong with it."""
-    if type(value) is float and 0 <= value < math.inf:  # asked for every weight and step
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"expected {what} to be a number >= 0, found {value!r}")
-    strength = float(value)
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"expected {what} to be finite and >= 0, found {value!r}")
-    return strength
+def learning_rate(group: Mapping[str, Any]) -> float | Tensor:
+    """Return the learning rate of a param group, or say what a decoupled term needs it for.
+
+    Raises:
+        ValueError: The group has none.
+    """
+    lr: float | Tensor | None = group.get("lr")
+    if lr is None:
+        raise ValueError(
+            "expected param groups with a learning rate 'lr', by which decoupled=True multiplies "
+            f"lambda, found the keys {', '.join(key for key in group if key != 'params')}: use an "
+            "optimizer that has one, or decoupled=False"
+        )
+    return lr
 
 
 def checked_int(value: object, what: str, *, at_least: int) -> int:
@@ -82,8 +87,8 @@ def check_values(target: Target) -> None:
         )
 
 
-def saved_vectors(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return the vectors of a state dict, none for that of a plain optimizer."""
+def saved_state(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], int | None]:
+    """Return vectors and number of steps of a state dict: none and None for a plain optimizer's."""
     for index, group in enumerate(state_dict["param_groups"]):
         checked_strength(group.get(STRENGTH, 0.0), f"{STRENGTH} of group {index} in the state dict")
     entry = state_dict.get(STATE_KEY, {"vectors": {}})
@@ -94,7 +99,10 @@ def saved_vectors(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
             f"found {type(entry).__name__}: load a state dict of an SNROptimizer or of a "
             "plain optimizer"
         )
-    return vectors
+    steps = entry.get("steps")
+    if steps is not None:
+        checked_int(steps, f"'steps' of {STATE_KEY!r} in the state dict", at_least=0)
+    return vectors, steps
 
 
 def nothing_to_regularize(skipped: Iterable[Skipped], *, overlap: bool) -> str:

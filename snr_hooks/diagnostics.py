@@ -127,8 +127,8 @@ def _row(target: Target, estimate: float | None) -> AuditRow:
     error = None
     if estimate is not None:
         error = 0.0 if estimate == sigma else (sigma - estimate) / sigma if sigma else math.inf
-    name, weight, view = target
-    return AuditRow(name, tuple(weight.shape), view.describe(weight), estimate, sigma, error)
+    weight, view = target.parameter, target.view.describe(target.parameter)
+    return AuditRow(target.name, tuple(weight.shape), view, estimate, sigma, error)
 
 
 def _singular_values(target: Target) -> Tensor:

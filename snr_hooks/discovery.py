@@ -4,12 +4,14 @@
 A parameter becomes a target if it is the ``weight`` of a Linear, Conv1d-3d or
 ConvTranspose1d-3d module (subclasses included) and a real, dense, trainable leaf. Never by
 its shape: position embeddings, class tokens, LayerScale gammas, relative position tables
-and temperatures have two or more dimensions and are no linear maps.
+and temperatures have two or more dimensions and are no linear maps. What else can be chosen
+is in ``choices``; which maps a module stacks in one weight is in ``layouts``.
 """
 
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -17,17 +19,23 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from snr_hooks._text import dimensions, nearest, table
+from snr_hooks.choices import Choice, Choices, Choose, Strength
+from snr_hooks.layouts import CONVOLUTIONS, TRANSPOSED, Heads, Place, maps_in
+from snr_hooks.operators import InputSize, convolution_view
+from snr_hooks.penalties import HALF_SQUARE, Penalty
 from snr_hooks.sharding import is_sharded, part_of
 from snr_hooks.views import MatrixView, ShardedView, View
 
 Selection = str | Iterable[str] | Callable[[str], bool] | None
 """Shell patterns on parameter names (one or several), or a predicate on the name."""
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_LINEAR = (nn.Linear, *CONVOLUTIONS)
 
 # timm's weight-standardized convolutions, by name because timm is no dependency.
 _STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
+
+# timm's convolutions that pad as TensorFlow's SAME does, by the size of the input.
+_SAME = {"Conv2dSame", "Conv2dSameExport", "StdConv2dSame", "ScaledStdConv2dSame"}
 
 # Where they hold the model that a parameter's name starts from.
 _WRAPPERS = {
@@ -39,18 +47,32 @@ _WRAPPERS = {
 
 
 class Target(NamedTuple):
-    """A parameter seen as a linear map.
+    """A parameter, or a part of one, seen as a linear map or several.
 
     Attributes:
         name: As in ``model.named_parameters()``, without the prefixes that DDP, torch.compile
-            and checkpoint wrappers add: a state goes from a wrapped model to a bare one.
+            and checkpoint wrappers add: a state goes from a wrapped model to a bare one. Where
+            a parameter is several targets, ``part`` is at its end.
         parameter: The leaf itself.
-        view: How it is seen as a linear map.
+        view: How it is seen as a linear map, or several.
+        penalty: The function of its singular values that is kept small.
+        top: How many of the largest singular values of each map.
+        strength: lambda, in place of that of the param group, if it was chosen.
+        part: What of the parameter the target is, as in ``qkv.weight[q]``; empty for all.
     """
 
     name: str
     parameter: nn.Parameter
     view: View
+    penalty: Penalty = HALF_SQUARE
+    top: int = 1
+    strength: Strength | None = None
+    part: str = ""
+
+    @property
+    def parameter_name(self) -> str:
+        """The name of the parameter."""
+        return self.name.removesuffix(self.part)
 
 
 class Skipped(NamedTuple):
@@ -74,26 +96,39 @@ class Discovery(NamedTuple):
     def __str__(self) -> str:
         """Return both lists as a table."""
         rows = [
-            (name, dimensions(weight.shape), view.describe(weight))
-            for name, weight, view in self.targets
+            (t.name, dimensions(t.parameter.shape), t.view.describe(t.parameter), _rule(t))
+            for t in self.targets
         ]
-        rows += [(s.name, "", f"skipped: {s.reason}") for s in self.skipped]
+        rows += [(s.name, "", f"skipped: {s.reason}", "") for s in self.skipped]
         total = f"{len(self.targets)} regularized, {len(self.skipped)} skipped"
-        return f"{table(('parameter', 'shape', 'seen as'), rows)}\n{total}"
+        return f"{table(('parameter', 'shape', 'seen as', 'penalty'), rows)}\n{total}"
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _rule(target: Target) -> str:
+    """Return what is kept small, as a table says it."""
+    of = "" if target.top == 1 else f" of the {target.top} largest"
+    strength = target.strength
+    scheduled = "scheduled" if callable(strength) else f"{strength}"
+    return f"{target.penalty.name}{of}" + (f", lambda {scheduled}" if strength is not None else "")
 
 
 class _Owned(NamedTuple):
     """One place where a model holds a parameter."""
 
     name: str
-    module: nn.Module
+    place: Place
     parameter: nn.Parameter
 
 
-def discover(model: nn.Module, include: Selection = None, exclude: Selection = None) -> Discovery:
+def discover(
+    model: nn.Module,
+    include: Selection = None,
+    exclude: Selection = None,
+    choose: Choose = None,
+) -> Discovery:
     """Find the weights of a model that can be regularized.
 
     Args:
@@ -101,27 +136,27 @@ def discover(model: nn.Module, include: Selection = None, exclude: Selection = N
         include: If given, only parameters it matches: shell patterns on the names
             (``"layer4.*"``, or several), or a predicate ``name -> bool``.
         exclude: Parameters it matches are skipped; it wins over ``include``.
+        choose: How weights are regularized, as described in ``choices``. None: each as the
+            paper's matrix.
 
     Returns:
         The targets, and all else of two or more dimensions with the reason. A parameter
         held under several names is a target once and matches by any of its names.
 
     Raises:
-        TypeError: ``model`` is no module, or a selection is of another type.
-        ValueError: An include pattern matches no parameter, or a lazy parameter is
-            uninitialized.
+        TypeError: ``model`` is no module, or a selection or choice is of another type.
+        ValueError: An include pattern matches no parameter, a lazy parameter is uninitialized,
+            or a choice is unknown, contradicts another or does not fit a weight.
     """
     held = _holders(model)
-    names = [
-        _joined(path, attribute)
-        for path, module in _named_modules(model)
-        for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False)
-    ]
+    names = _parameter_names(model)
+    choices = _choices(choose, names)
     included = _matcher(include, names, "include", default=True)
     excluded = _matcher(exclude, names, "exclude", default=False)
     targets, skipped = [], []
     for owners in held:
-        target, reason = _as_linear_map(owners)
+        found, reason = _as_linear_maps(owners, choices)
+        name = found[0].parameter_name
         if reason is None:
             reason = _not_trainable(owners)
         if reason is None and not any(included(owner.name) for owner in owners):
@@ -129,34 +164,51 @@ def discover(model: nn.Module, include: Selection = None, exclude: Selection = N
         if reason is None and any(excluded(owner.name) for owner in owners):
             reason = "matched by exclude"
         if reason is None:
-            targets.append(target)
+            targets += found
         else:
-            skipped.append(Skipped(target.name, reason))
+            skipped.append(Skipped(name, reason))
         skipped += [
-            Skipped(owner.name, f"the same parameter as {target.name!r}")
+            Skipped(owner.name, f"the same parameter as {name!r}")
             for owner in owners
-            if owner.name != target.name
+            if owner.name != name
         ]
     position = {name: i for i, name in enumerate(names)}
     skipped.sort(key=lambda skip: position[skip.name])
     return Discovery(tuple(targets), tuple(skipped))
 
 
-def linear_maps(model: nn.Module) -> list[Target]:
+def linear_maps(model: nn.Module, choose: Choose = None) -> list[Target]:
     """Find the linear maps of a model, trainable or not.
 
     Args:
         model: Any module.
+        choose: How they are seen; see ``discover``.
 
     Returns:
-        The maps in the model's order, one a parameter.
+        The maps in the model's order.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: A lazy parameter is uninitialized.
+        TypeError: ``model`` is no module, or a choice is of another type.
+        ValueError: A lazy parameter is uninitialized, or a choice does not fit.
     """
-    found = map(_as_linear_map, _holders(model))
-    return [target for target, reason in found if reason is None]
+    choices = _choices(choose, _parameter_names(model) if choose else [])
+    found = (_as_linear_maps(owners, choices) for owners in _holders(model))
+    return [target for targets, reason in found if reason is None for target in targets]
+
+
+def _choices(choose: Choose, names: list[str]) -> Choices:
+    choices = Choices(choose)
+    choices.check_patterns(names)
+    return choices
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    """Return the names of all parameters, duplicates included."""
+    return [
+        _joined(path, attribute)
+        for path, module, _ in _named_modules(model)
+        for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
 
 
 def _holders(model: nn.Module) -> list[list[_Owned]]:
@@ -167,7 +219,7 @@ def _holders(model: nn.Module) -> list[list[_Owned]]:
             "pass the model itself, not its parameters"
         )
     held: dict[int, list[_Owned]] = {}
-    for path, module in _named_modules(model):
+    for path, module, parents in _named_modules(model):
         for attribute, parameter in module.named_parameters(recurse=False):
             name = _joined(path, attribute)
             if isinstance(parameter, UninitializedParameter):
@@ -176,7 +228,8 @@ def _holders(model: nn.Module) -> list[list[_Owned]]:
                     "shape: run one forward pass of the model first"
                 )
             if parameter.ndim >= 2:
-                held.setdefault(id(parameter), []).append(_Owned(name, module, parameter))
+                owned = _Owned(name, Place(module, attribute, parents), parameter)
+                held.setdefault(id(parameter), []).append(owned)
     return list(held.values())
 
 
@@ -204,45 +257,120 @@ def _wrapped_at(module: nn.Module) -> str | None:
     return None
 
 
-def _named_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield all modules with their names, duplicates included, passing over wrappers."""
+_Parents = tuple[tuple[nn.Module, str], ...]
+
+
+def _named_modules(
+    module: nn.Module, path: str = "", parents: _Parents = ()
+) -> Iterator[tuple[str, nn.Module, _Parents]]:
+    """Yield all modules with their names and parents, duplicates included, but no wrappers."""
     attribute = _wrapped_at(module)
     if attribute is None:
-        yield path, module
+        yield path, module, parents
     for name, child in module._modules.items():
-        if child is not None:
-            yield from _named_modules(child, path if name == attribute else _joined(path, name))
+        if child is None:
+            continue
+        if name == attribute:
+            yield from _named_modules(child, path, parents)
+        else:
+            yield from _named_modules(child, _joined(path, name), ((module, name), *parents))
 
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _as_linear_map(owners: list[_Owned]) -> tuple[Target, str | None]:
-    """Return the parameter as target, under its main name, and why it is no linear map."""
-    reasons = [_not_a_linear_map(owner) for owner in owners]
+def _as_linear_maps(owners: list[_Owned], choices: Choices) -> tuple[list[Target], str | None]:
+    """Return what a parameter is, under its main name, and why it is no linear map."""
+    choice = choices.of([owner.name for owner in owners])
+    reasons = [_not_a_linear_map(owner, choice) for owner in owners]
     main = reasons.index(None) if None in reasons else 0
-    name, module, parameter = owners[main]
-    view, reason = MatrixView(out_axis=1 if isinstance(module, _TRANSPOSED) else 0), reasons[main]
-    if reason is None and is_sharded(parameter):
-        part = part_of(parameter)
-        if isinstance(part, str):
-            reason = part
-        else:
-            return Target(name, parameter, ShardedView(view, part)), None
-    return Target(name, parameter, view), reason
+    owner, reason = owners[main], reasons[main]
+    views: Mapping[str, View] = {"": _matrix(owner)}
+    if choice.view == "skip":
+        reason = "chosen to be skipped"
+    if reason is None:
+        views = _views(owner, choice) or views
+    if reason is None and is_sharded(owner.parameter):
+        views, reason = _sharded(owner, views)
+    targets = [
+        Target(
+            owner.name + part,
+            owner.parameter,
+            view,
+            choice.penalty,
+            choice.top,
+            choice.lambda_,
+            part,
+        )
+        for part, view in views.items()
+    ]
+    return targets, reason
 
 
-def _not_a_linear_map(owner: _Owned) -> str | None:
-    kind, attribute = type(owner.module).__name__, owner.name.rpartition(".")[2]
-    weight = owner.parameter
-    if isinstance(owner.module, ParametrizationList):
+def _matrix(owner: _Owned) -> MatrixView:
+    return MatrixView(out_axis=1 if isinstance(owner.place.module, TRANSPOSED) else 0)
+
+
+def _views(owner: _Owned, choice: Choice) -> Mapping[str, View] | None:
+    """Return the views that are chosen for a weight, by part; None for the matrix."""
+    if not isinstance(choice.view, str):
+        return {"": choice.view}
+    if choice.view == "matrix":
+        return None
+    if choice.view == "operator" and isinstance(owner.place.module, CONVOLUTIONS):
+        return {"": _operator(owner, choice)}
+    try:
+        maps = maps_in(
+            owner.place,
+            owner.parameter,
+            per_head=choice.view == "heads",
+            heads=Heads(choice.heads, choice.kv_heads),
+        )
+    except ValueError as error:
+        raise ValueError(f"{owner.name!r}: {error}") from None
+    if maps is None or choice.norm is None:
+        return maps
+    pooled = choice.norm == "largest"
+    return {part: replace(view, pooled=pooled) for part, view in maps.items()}
+
+
+def _operator(owner: _Owned, choice: Choice) -> View:
+    module, size = owner.place.module, choice.input_size
+    n_dimensions = owner.parameter.ndim - 2
+    if size is not None and len(size) != n_dimensions:
+        raise ValueError(
+            f"expected input_size of {owner.name!r} to have {n_dimensions} dimensions, found {size}"
+        )
+    same = any(base.__name__ in _SAME for base in type(module).__mro__)
+    return convolution_view(module, InputSize(owner.name, size), same=same)
+
+
+def _sharded(owner: _Owned, views: Mapping[str, View]) -> tuple[Mapping[str, View], str | None]:
+    """Return the view of the part of a sharded weight that is here, or why there is none."""
+    view = views.get("")
+    if not isinstance(view, MatrixView):
+        raise ValueError(
+            f"expected view 'matrix' for {owner.name!r}, which is sharded, found "
+            f"{type(view).__name__}: parts of a weight have no other yet"
+        )
+    part = part_of(owner.parameter)
+    if isinstance(part, str):
+        return {"": view}, part
+    return {"": ShardedView(view, part)}, None
+
+
+def _not_a_linear_map(owner: _Owned, choice: Choice) -> str | None:
+    module, attribute, _ = owner.place
+    kind, weight = type(module).__name__, owner.parameter
+    if isinstance(module, ParametrizationList):
         return "parametrized: forward uses a function of this tensor"
-    if not isinstance(owner.module, _LINEAR):
-        return f"{kind}.{attribute} is not the weight of a Linear or convolution"
-    if attribute != "weight":
-        return f"{kind}.{attribute} is not 'weight', the matrix that {kind} applies"
-    if any(base.__name__ in _STANDARDIZED for base in type(owner.module).__mro__):
+    if choice.view == "matrix" or _views(owner, choice) is None:
+        if not isinstance(module, _LINEAR):
+            return f"{kind}.{attribute} is not the weight of a Linear or convolution"
+        if attribute != "weight":
+            return f"{kind}.{attribute} is not 'weight', the matrix that {kind} applies"
+    if any(base.__name__ in _STANDARDIZED for base in type(module).__mro__):
         return f"{kind} standardizes its weight: forward uses a function of this tensor"
     if weight.is_complex() or not weight.is_floating_point():
         return f"dtype {weight.dtype} is not real floating point"
@@ -257,7 +385,7 @@ def _not_trainable(owners: list[_Owned]) -> str | None:
         return "frozen (requires_grad is False)"
     if not parameter.is_leaf:
         return "not a leaf: its gradient is not accumulated"
-    if any(getattr(owner.module, "sparse", False) is True for owner in owners):
+    if any(getattr(owner.place.module, "sparse", False) is True for owner in owners):
         return "its gradient is sparse"
     return None
 

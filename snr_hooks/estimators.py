@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from snr_hooks.discovery import Target
 from snr_hooks.products import Product
@@ -29,13 +30,17 @@ Vectors = Mapping[str, Tensor]
 
 
 class Term(NamedTuple):
-    """The rank-one matrix sigma u v^T of a target.
+    """The matrix sigma u v^T of a target, of rank one; or several, one a block and rank.
+
+    A target that is one map, of which one singular value is penalized, has the shapes below.
+    Otherwise all have leading dimensions: the blocks, if there are any, and the rank.
 
     Attributes:
         sigma: A number, or on an accelerator, where reading it would wait, a scalar tensor.
+            With leading dimensions, a float64 tensor of these.
         u: Shape ``(m,)``. Like v, it may be a view that changes with the next terms.
         v: Shape ``(n,)``.
-        add: Adds a multiple of u v^T to a gradient.
+        add: Adds multiples of u v^T to a gradient: one factor each, of the shape of sigma.
     """
 
     sigma: float | Tensor
@@ -93,18 +98,38 @@ class SubspaceIteration:
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the next terms, and keep the vectors for the ones after."""
-        arrangement = [_place(target) for target in targets]
+        iterated = [target for target in targets if not self._is_thin(target)]
+        arrangement = [_place(target) for target in iterated]
         if arrangement != self._arrangement:  # other weights, or weights that were moved
-            vectors = self._by_name(targets)
-            self._batches = _batches(targets, vectors)
+            vectors = self._by_name(iterated)
+            self._batches = _batches(iterated, vectors)
             self._arrangement = arrangement
-            batched = {name for name, _, _ in arrangement}
+            batched = {target.name for target in iterated}
             self._vectors = {name: pair for name, pair in vectors.items() if name not in batched}
-        return _iterated(self._batches, self.n_products)
+        return self._with_exact(targets, _iterated(self._batches, self.n_products))
 
     def peek(self, targets: Sequence[Target]) -> list[Term]:
         """Return the terms that ``advance`` would return, and change nothing."""
-        return _iterated(_batches(targets, self._by_name(targets)), self.n_products)
+        iterated = [target for target in targets if not self._is_thin(target)]
+        batches = _batches(iterated, self._by_name(iterated))
+        return self._with_exact(targets, _iterated(batches, self.n_products))
+
+    def _n_vectors(self, target: Target) -> int:
+        """Return how many vectors each map of a weight has, half of them for singular values."""
+        *_, m, n = target.view.shape(target.parameter)
+        least = 2 * target.top if target.top > 1 else 1
+        return min(max(self.n_vectors, least), m, n)
+
+    def _is_thin(self, target: Target) -> bool:
+        """Whether a weight has too few rows or columns to iterate for so many singular values."""
+        return target.top > max(1, self._n_vectors(target) // 2)
+
+    def _with_exact(self, targets: Sequence[Target], terms: list[Term]) -> list[Term]:
+        """Complete the terms of all targets but the thin ones, in order."""
+        if len(terms) == len(targets):
+            return terms
+        remaining = iter(terms)
+        return [_exact_term(t) if self._is_thin(t) else next(remaining) for t in targets]
 
     def __getstate__(self) -> dict[str, object]:
         """Return what copies and pickles hold: no batches, whose views would be torn apart."""
@@ -138,13 +163,13 @@ class SubspaceIteration:
         Raises:
             ValueError: Vectors are of another number or shape, zero, or not finite.
         """
-        shapes = {target.name: target.view.shape(target.parameter) for target in targets}
+        by_name = {target.name: target for target in targets}
         known = {
-            name: _checked_vectors(name, state[name], shapes[name], self.n_vectors)
-            for name in shapes
-            if name in state
+            name: _checked_vectors(target, state[name], self._n_vectors(target))
+            for name, target in by_name.items()
+            if name in state and not self._is_thin(target)
         }
-        unknown = sorted(state.keys() - shapes.keys())
+        unknown = sorted(state.keys() - by_name.keys())
         if unknown:
             warnings.warn(
                 f"the state dict has vectors of {len(unknown)} weights that are not "
@@ -172,11 +197,11 @@ class SubspaceIteration:
         }
 
     def _start(self, target: Target) -> Vectors:
-        m, n = target.view.shape(target.parameter)
-        k = min(self.n_vectors, m, n)
+        *batch, m, n = target.view.shape(target.parameter)
+        k = self._n_vectors(target)
         return {
-            "left": starting_vectors(k // 2, m, self.seed, f"left of {target.name}"),
-            "right": starting_vectors(k, n, self.seed, target.name),
+            "left": starting_vectors(k // 2, m, self.seed, f"left of {target.name}", *batch),
+            "right": starting_vectors(k, n, self.seed, target.name, *batch),
         }
 
 
@@ -224,10 +249,10 @@ class Held:
     def _is_due(self, targets: Sequence[Target]) -> bool:
         if self._age % self.n_steps == 0:
             return True
-        held = (self._terms.get(name) for name, _, _ in targets)
+        held = (self._terms.get(target.name) for target in targets)
         return any(
-            term is None or term.u.device != parameter.device
-            for term, (_, parameter, _) in zip(held, targets, strict=True)
+            term is None or term.u.device != target.parameter.device
+            for term, target in zip(held, targets, strict=True)
         )
 
     def __repr__(self) -> str:
@@ -239,7 +264,10 @@ class Held:
         for name, (sigma, u, v, _) in self._terms.items():
             held = {"sigma": torch.as_tensor(sigma, dtype=torch.float64), "u": u, "v": v}
             held |= {"age": torch.tensor(self._age)}
-            state[name] = {**state[name], **{key: part.clone() for key, part in held.items()}}
+            state[name] = {
+                **state.get(name, {}),
+                **{key: part.clone() for key, part in held.items()},
+            }
         return state
 
     def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
@@ -288,13 +316,13 @@ class ExactSVD:
         return self
 
 
-_Place = tuple[str, int, tuple[int, ...]]
+_Place = tuple[str, int, tuple[int, ...], object]
 
 
 def _place(target: Target) -> _Place:
     """Return what must stay the same for prepared products to be right."""
     weight = local(target.parameter)
-    return target.name, weight.data_ptr(), weight.stride()
+    return target.name, weight.data_ptr(), weight.stride(), target.view.version
 
 
 class _Batch:
@@ -314,39 +342,51 @@ class _Batch:
         self.indices = indices
         self.device = targets[indices[0]].parameter.device
         members = [targets[index] for index in indices]
+        self._members = members
         self._names = [target.name for target in members]
         groups = enumerate(target.view.group for target in members)
         self._sharded = [(index, group) for index, group in groups if group is not None]
         pairs = [vectors[name] for name in self._names]
         right = _next_is_right(pairs[0])
         dtype = _at_least_float32(members[0].parameter)
-        k = len(pairs[0]["right" if right else "left"])
+        k = pairs[0]["right" if right else "left"].shape[-2]
 
         def rows(side: str) -> list[Tensor]:
             """The vectors, after empty rows that images will take."""
             vectors = [pair[side].to(self.device, dtype) for pair in pairs]
-            return [torch.cat([v.new_zeros(k - len(v), v.shape[1]), v]) for v in vectors]
+            return [functional.pad(v, (0, 0, k - v.shape[-2], 0)) for v in vectors]
 
         self._subspaces = Subspaces(rows("right"), rows("left"), next_is_right=right)
         self._n_kept = k // 2
         self._products = {True: self._prepared(members, right=True)}
         self._products[False] = self._prepared(members, right=False)
+        self._plain = [_is_plain(target) for target in members]
+        self._pairs = {side: self._of_rank(members, side) for side in (True, False)}
         self._adders = {
             side: [
-                view.adder(parameter, u, v)
-                for (_, parameter, view), u, v in zip(
-                    members, *self._subspaces.pairs[side], strict=True
-                )
+                target.view.adder(target.parameter, u, v)
+                for target, u, v in zip(members, *self._pairs[side], strict=True)
             ]
             for side in (True, False)
         }
+
+    def _of_rank(self, members: list[Target], side: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Return u and v of each weight for a step on a side, as a term has them."""
+
+        def of_rank(target: Target, vectors: Tensor) -> Tensor:
+            return vectors[0] if _is_plain(target) else vectors[..., : target.top, :]
+
+        left, right = self._subspaces.pairs[side]
+        return list(map(of_rank, members, left)), list(map(of_rank, members, right))
 
     def _prepared(self, members: list[Target], *, right: bool) -> list[Product]:
         """Prepare the products on one side."""
         rows, outs = self._subspaces.multiplied(right=right)
         return [
-            (view.matvec if right else view.rmatvec)(parameter.detach(), vectors, out)
-            for (_, parameter, view), vectors, out in zip(members, rows, outs, strict=True)
+            (target.view.matvec if right else target.view.rmatvec)(
+                target.parameter.detach(), vectors, out
+            )
+            for target, vectors, out in zip(members, rows, outs, strict=True)
         ]
 
     def multiply(self) -> "Iterator[tuple[ProcessGroup, Tensor]]":
@@ -360,18 +400,32 @@ class _Batch:
     def step(self) -> Iterator[Term]:
         """Find the terms, once the products have been computed."""
         right = self._subspaces.next_is_right
-        sigma = self._subspaces.step()
-        sigmas = sigma.tolist() if sigma.is_cpu else sigma.unbind()
-        return map(Term, sigmas, *self._subspaces.pairs[right], self._adders[right])
+        sigmas = self._sigmas(self._subspaces.step())
+        return map(Term, sigmas, *self._pairs[right], self._adders[right])
+
+    def _sigmas(self, sigma: Tensor) -> Iterator[float | Tensor]:
+        """Give each weight its part of the singular values, ``(L, r)``."""
+        if all(self._plain):
+            return iter(sigma[:, 0].tolist() if sigma.is_cpu else sigma[:, 0].unbind())
+        parts = torch.split(sigma, self._subspaces.left.counts)
+        return map(self._sigma, self._members, parts)
+
+    @staticmethod
+    def _sigma(target: Target, sigma: Tensor) -> float | Tensor:
+        if _is_plain(target):
+            return float(sigma[0, 0]) if sigma.is_cpu else sigma[0, 0]
+        sigma = sigma[:, : target.top]
+        return sigma if _n_blocks(target) else sigma[0]
 
     def vectors(self) -> dict[str, Vectors]:
         """Return the vectors by name, as views."""
         right, left = self._subspaces.right.each, self._subspaces.left.each
-        waiting = slice(-self._n_kept or len(right[0]), None)  # without places for images
+        # Without places for images.
+        waiting = slice(right[0].shape[-2] - self._n_kept, None)
         if self._subspaces.next_is_right:
-            left = [rows[waiting] for rows in left]
+            left = [rows[..., waiting, :] for rows in left]
         else:
-            right = [rows[waiting] for rows in right]
+            right = [rows[..., waiting, :] for rows in right]
         return {
             name: {"left": u, "right": v}
             for name, u, v in zip(self._names, left, right, strict=True)
@@ -396,22 +450,26 @@ def _iterated(batches: "Sequence[_Batch]", n_products: int) -> list[Term]:
 def _batches(targets: Sequence[Target], vectors: Mapping[str, Vectors]) -> list[_Batch]:
     """Arrange weights in batches."""
     members: dict[object, list[int]] = {}
-    for index, (name, parameter, _) in enumerate(targets):
-        k = max(len(part) for part in vectors[name].values())
-        key = parameter.device, _at_least_float32(parameter), k, _next_is_right(vectors[name])
+    for index, target in enumerate(targets):
+        pair, parameter = vectors[target.name], target.parameter
+        k = max(part.shape[-2] for part in pair.values())
+        key = parameter.device, _at_least_float32(parameter), k, _next_is_right(pair)
         members.setdefault(key, []).append(index)
     return [_Batch(targets, indices, vectors) for indices in members.values()]
 
 
 def _next_is_right(pair: Vectors) -> bool:
     """Whether the next product is with the right vectors: the side that has more of them."""
-    return len(pair["right"]) > len(pair["left"])
+    return pair["right"].shape[-2] > pair["left"].shape[-2]
 
 
 def _exact_term(target: Target) -> Term:
     matrix = target.view.matrix(target.parameter.detach()).double()
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return _term(target, float(sigma[0]), u[:, 0].contiguous(), vh[0])
+    if _is_plain(target):
+        return _term(target, float(sigma[0]), u[:, 0].contiguous(), vh[0])
+    top = slice(0, target.top)
+    return _term(target, sigma[..., top], u.mT[..., top, :].contiguous(), vh[..., top, :])
 
 
 def _term(target: Target, sigma: float | Tensor, u: Tensor, v: Tensor) -> Term:
@@ -430,11 +488,11 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _checked_vectors(name: str, vectors: object, shape: tuple[int, int], n_vectors: int) -> Vectors:
+def _checked_vectors(target: Target, vectors: object, k: int) -> Vectors:
     """Return a copy of saved vectors, or say what is wrong with them."""
-    m, n = shape
-    k = min(n_vectors, *shape)
-    allowed = [((k // 2, m), (k, n)), ((k, m), (k // 2, n))]
+    name, (*batch, m, n) = target.name, target.view.shape(target.parameter)
+    counts = (k // 2, k), (k, k // 2)
+    allowed = [((*batch, left, m), (*batch, right, n)) for left, right in counts]
     expected = (
         f"expected for {name!r} finite non-zero vectors 'left' and 'right' of shape "
         f"{allowed[0][0]} and {allowed[0][1]}, or {allowed[1][0]} and {allowed[1][1]}, found"
@@ -448,17 +506,17 @@ def _checked_vectors(name: str, vectors: object, shape: tuple[int, int], n_vecto
     shapes = tuple(tuple(part.shape) for part in parts)
     if shapes not in allowed:
         raise ValueError(f"{expected} {shapes[0]} and {shapes[1]}; {remedy}")
-    if not all(part.isfinite().all() and part.any(dim=1).all() for part in parts):
+    if not all(part.isfinite().all() and part.any(dim=-1).all() for part in parts):
         raise ValueError(f"{expected} some that are zero or not finite; {remedy}")
     return {side: vectors[side].detach().clone() for side in ("left", "right")}
 
 
 def _checked_held(target: Target, entry: Mapping[str, object]) -> tuple[Term, int]:
     """Return a saved term with its age, or say what is wrong with it."""
-    m, n = target.view.shape(target.parameter)
+    sigma_shape, u_shape, v_shape = _term_shapes(target)
     remedy = "load a state dict of this model, or delete its 'snr_hooks' entry"
     parts: dict[str, Tensor] = {}
-    for key, shape in {"sigma": (), "u": (m,), "v": (n,), "age": ()}.items():
+    for key, shape in {"sigma": sigma_shape, "u": u_shape, "v": v_shape, "age": ()}.items():
         part = entry.get(key)
         if not isinstance(part, Tensor) or part.shape != shape or not part.isfinite().all():
             raise ValueError(
@@ -466,13 +524,32 @@ def _checked_held(target: Target, entry: Mapping[str, object]) -> tuple[Term, in
                 f"{shape}, found {part!r}; {remedy}"
             )
         parts[key] = part.detach().clone()
-    sigma, age = float(parts["sigma"]), int(parts["age"])
-    norms = [float(parts[key].double().norm()) for key in ("u", "v")]
-    if sigma < 0 or age < 0 or not all(abs(norm - 1) < 1e-3 for norm in norms):
+    sigma, age = parts["sigma"], int(parts["age"])
+    norms = torch.cat([parts[key].double().norm(dim=-1).view(-1) for key in ("u", "v")])
+    if (sigma < 0).any() or age < 0 or not ((norms - 1).abs() < 1e-3).all():
         raise ValueError(
             f"expected the held term of {target.name!r} to have sigma >= 0, age >= 0 and unit "
-            f"vectors, found {sigma}, {age} and vectors of norm {norms[0]} and {norms[1]}; {remedy}"
+            f"vectors, found {sigma.min()}, {age} and vectors of norm {norms.min()} to "
+            f"{norms.max()}; {remedy}"
         )
     device, dtype = target.parameter.device, _at_least_float32(target.parameter)
     u, v = parts["u"].to(device, dtype), parts["v"].to(device, dtype)
-    return _term(target, sigma, u, v), age
+    return _term(target, sigma.to(device) if sigma.ndim else float(sigma), u, v), age
+
+
+def _is_plain(target: Target) -> bool:
+    """Whether a target is one map of which one singular value is penalized."""
+    return target.top == 1 and not _n_blocks(target)
+
+
+def _n_blocks(target: Target) -> int:
+    """Return how many maps a target is, 0 if it has no dimension of blocks."""
+    *batch, _, _ = target.view.shape(target.parameter)
+    return batch[0] if batch else 0
+
+
+def _term_shapes(target: Target) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of sigma, u and v in a term."""
+    *batch, m, n = target.view.shape(target.parameter)
+    leading = () if _is_plain(target) else (*batch, min(target.top, m, n))
+    return leading, (*leading, m), (*leading, n)

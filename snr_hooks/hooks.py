@@ -58,29 +58,32 @@ class GradientHooks:
         Raises:
             RuntimeError: A weight is hooked already, which would double its term.
         """
-        targets = list(targets)
+        by_parameter: dict[int, list[Target]] = {}
         for target in targets:
+            by_parameter.setdefault(id(target.parameter), []).append(target)
             if id(target.parameter) in _hooked:
                 raise RuntimeError(
                     "expected weights that no live SNROptimizer regularizes, found "
                     f"{target.name!r} already wrapped: its term would be added twice; call "
                     "remove() on the other wrapper first, or wrap only one"
                 )
-        self._weights += [_HookedWeight(target, self._add_term) for target in targets]
+        self._weights += [_HookedWeight(group, self._add_term) for group in by_parameter.values()]
 
     def silent(self) -> list[Target]:
-        """Return the weights of which no term was added since ``rearm()``."""
-        return [weight.target for weight in self._weights if weight.pending]
+        """Return the targets of which no term was added since ``rearm()``."""
+        return self._pending(lambda weight: True)
 
     def lost(self) -> list[Target]:
         """Return those of them whose hooks were moved away, as swap_tensors does."""
-        weights = [weight for weight in self._weights if weight.pending]
-        return [weight.target for weight in weights if not weight.is_hooked()]
+        return self._pending(lambda weight: not weight.is_hooked())
 
     def unexplained(self) -> list[Target]:
         """Return those that have a gradient nevertheless, which did not come from here."""
-        weights = [weight for weight in self._weights if weight.pending]
-        return [weight.target for weight in weights if weight.has_foreign_grad()]
+        return self._pending(_HookedWeight.has_foreign_grad)
+
+    def _pending(self, condition: "Callable[[_HookedWeight], bool]") -> list[Target]:
+        weights = [weight for weight in self._weights if weight.pending and condition(weight)]
+        return [target for weight in weights for target in weight.targets]
 
     def rearm(self) -> None:
         """Make every weight pending: a step was taken, or all gradients were reset."""
@@ -95,31 +98,32 @@ class GradientHooks:
 
 
 class _HookedWeight:
-    """The hooks and the flag of one weight."""
+    """The hooks and the flag of one weight, all of whose targets share the parameter."""
 
-    def __init__(self, target: Target, add_term: AddTerm) -> None:
+    def __init__(self, targets: list[Target], add_term: AddTerm) -> None:
         self.pending = True
-        self.target = target
+        self.targets = targets
+        self.parameter = targets[0].parameter
         self._add_term = add_term
         self.looked = False
         self.traced_reset: Tensor | None = None
         self._last_grad: weakref.ref[Tensor] | None = None
         self._last_version = 0
-        key = id(target.parameter)
+        key = id(self.parameter)
         _hooked[key] = self
-        self._tensor = target.parameter._cdata
+        self._tensor = self.parameter._cdata
         self.remove = weakref.finalize(self, _unhook, key, self._register())
         self.remove.atexit = False
 
     def _register(self) -> list[RemovableHandle]:
         reference = weakref.ref(self)
-        parameter, key = self.target.parameter, id(self.target.parameter)
+        parameter, key = self.parameter, id(self.parameter)
 
         def before(grad: Tensor) -> None:
             if (weight := reference()) is None:
                 return
             if torch.compiler.is_compiling():
-                old = weight.target.parameter.grad
+                old = weight.parameter.grad
                 weight.traced_reset = None if old is None else ~old.any()
             else:
                 weight.before_accumulation()
@@ -143,16 +147,16 @@ class _HookedWeight:
         torch.utils.swap_tensors exchanges the tensors, with their hooks, below the Python
         objects, which keep their identity and even their dictionaries of hooks.
         """
-        return bool(self.target.parameter._cdata == self._tensor)
+        return bool(self.parameter._cdata == self._tensor)
 
     def has_foreign_grad(self) -> bool:
         """Return whether a gradient was put there by something else than autograd."""
-        grad = self.target.parameter.grad
+        grad = self.parameter.grad
         return grad is not None and not self._untouched(grad) and bool(grad.any())
 
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
-        grad = self.target.parameter.grad
+        grad = self.parameter.grad
         self.looked = True
         if self.pending or self._untouched(grad):
             return
@@ -162,7 +166,7 @@ class _HookedWeight:
         """Add the term if it is due."""
         if grad is None:
             raise RuntimeError(
-                f"expected a gradient of {self.target.name!r} just accumulated, found None: "
+                f"expected a gradient of {self.targets[0].name!r} just accumulated, found None: "
                 "another post-accumulate hook took it away (an optimizer in backward, say) before "
                 "the term was added; register that hook after wrapping"
             )
@@ -176,14 +180,15 @@ class _HookedWeight:
     def _add(self, grad: Tensor) -> None:
         if grad.layout is not torch.strided:
             warnings.warn(
-                f"the gradient of {self.target.name!r} is sparse ({grad.layout}); it is "
+                f"the gradient of {self.targets[0].name!r} is sparse ({grad.layout}); it is "
                 "not regularized: exclude it, or make its gradient dense",
                 stacklevel=2,
             )
             return
         check_not_captured(grad)
         with torch.no_grad():  # create_graph=True leaves grad mode on
-            self._add_term(self.target, grad)
+            for target in self.targets:
+                self._add_term(target, grad)
         self.pending = False
 
     def _untouched(self, grad: Tensor | None) -> bool:

@@ -18,10 +18,11 @@ from snr_hooks.checks import (
     check_values,
     checked_int,
     checked_products,
-    checked_strength,
+    learning_rate,
     nothing_to_regularize,
-    saved_vectors,
+    saved_state,
 )
+from snr_hooks.choices import Choose, Strength, checked_schedule, checked_strength
 from snr_hooks.discovery import (
     Discovery,
     Selection,
@@ -65,10 +66,14 @@ class SNROptimizer(Optimizer):
     Args:
         optimizer: Any optimizer over parameters of ``model``.
         model: The model whose weights are regularized, as ``discover`` finds them.
-        lambda_: Lambda of the groups that do not name one. A group's own ``snr_lambda``
-            wins, also one that a loaded state dict has brought.
+        lambda_: Lambda of the groups that do not name one: a number, or a function of the number
+            of steps taken, whose values are written into the groups. A group's own
+            ``snr_lambda`` wins, also one that a loaded state dict has brought.
         include: Shell patterns on parameter names, or a predicate; see ``discover``.
         exclude: Likewise; it wins over ``include``.
+        choose: How weights are regularized: the view, the penalty, lambda; see ``choices``.
+        decoupled: Subtract lr * lambda * sigma_1 * u_1 v_1^T from the weight at the step, as
+            AdamW decouples weight decay, in place of adding the term to the gradient.
         n_power_iterations: Power iterations per step. Half an iteration is one product with each
             weight; multiples of 0.5 take more. 0.5 / k takes one every k steps and uses sigma, u
             and v for all of them: cheaper, and up to k - 1 steps late.
@@ -101,10 +106,12 @@ class SNROptimizer(Optimizer):
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        lambda_: float = 0.01,
+        lambda_: Strength = 0.01,
         *,
         include: Selection = None,
         exclude: Selection = None,
+        choose: Choose = None,
+        decoupled: bool = False,
         n_power_iterations: float = 0.5,
         n_vectors: int = 2,
         exact: bool = False,
@@ -115,7 +122,10 @@ class SNROptimizer(Optimizer):
         # detach from those of the wrapped optimizer at the first load_state_dict().
         _check_optimizer(optimizer)
         check_sharding(model)
-        strength = checked_strength(lambda_, "lambda_")
+        strength = checked_schedule(lambda_, "lambda_")
+        if decoupled:
+            for group in optimizer.param_groups:
+                learning_rate(group)
         n_products, n_steps = checked_products(n_power_iterations)
         n_vectors = checked_int(n_vectors, "n_vectors", at_least=1)
         seed = checked_int(seed, "seed", at_least=0)
@@ -132,7 +142,8 @@ class SNROptimizer(Optimizer):
         self.optimizer = optimizer
         self.skipped: tuple[Skipped, ...] = ()
         self._model = model
-        self._selection = _reusable(include), _reusable(exclude)
+        self._selection = _reusable(include), _reusable(exclude), choose
+        self._decoupled = decoupled
         self._term = SpectralTerm(optimizer, estimator, strength, scaler)
         # Their first parameters: groups are replaced, reordered and removed.
         self._groups_given_lambda: list[Tensor] = []
@@ -148,7 +159,7 @@ class SNROptimizer(Optimizer):
         for name in _HOOK_DICTIONARIES:
             setattr(self, name, OrderedDict())
         self._patch_step_function()
-        self._hooks = GradientHooks(self._term.add)
+        self._hooks = GradientHooks(_add_nothing if self._decoupled else self._term.add)
         self._hooks.attach(self.targets)
         # Also when this object is dropped: a stale lambda must not outlive it in the groups
         # of the wrapped optimizer and win over the lambda_ of the next wrapper.
@@ -241,9 +252,14 @@ class SNROptimizer(Optimizer):
             ValueError: The model has been sharded by FSDP1 since.
         """
         self._check_parameters()
-        if closure is None:
+        if closure is None and not self._decoupled:
             self._warn_of_foreign_gradients()
+        decay = self._term.decay() if self._decoupled else None
         loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        if decay is not None:
+            decay()
+        self._term.n_steps += 1
+        self._write_scheduled_lambda()
         self._prepare_next_step()
         return loss
 
@@ -270,7 +286,7 @@ class SNROptimizer(Optimizer):
             check_sharding(self._model)
             reshard(self._model)
         for target in silent:
-            if parameter_at(self._model, target.name) is not target.parameter:
+            if parameter_at(self._model, target.parameter_name) is not target.parameter:
                 raise _replaced(target.name)
         for target in self._hooks.lost():
             raise _replaced(target.name)
@@ -278,7 +294,7 @@ class SNROptimizer(Optimizer):
     def _warn_of_foreign_gradients(self) -> None:
         """Say that a term is missing; most of all when DDP brings the gradients of others."""
         for target in self._hooks.unexplained():
-            if self._term.strength(target.parameter) > 0:
+            if self._term.strength(target) > 0:
                 warnings.warn(
                     f"{target.name!r} has a gradient that no backward pass of this process has "
                     "accumulated, so that its term is missing; if other processes of a "
@@ -314,7 +330,8 @@ class SNROptimizer(Optimizer):
         """
         terms = self._term.estimator.peek(self.targets)
         return {
-            target.name: float(term.sigma) for target, term in zip(self.targets, terms, strict=True)
+            target.name: float(torch.as_tensor(term.sigma, dtype=torch.float64).max())
+            for target, term in zip(self.targets, terms, strict=True)
         }
 
     def remove(self) -> None:
@@ -331,8 +348,14 @@ class SNROptimizer(Optimizer):
         """Write the default lambda into groups without one, where users can see it."""
         for group in self.param_groups:
             if STRENGTH not in group:
-                group[STRENGTH] = self._term.default
+                group[STRENGTH] = self._term.now(self._term.default, "lambda_")
                 self._groups_given_lambda += group["params"][:1]
+
+    def _write_scheduled_lambda(self) -> None:
+        """Write what lambda is by now into the groups that have it from a function."""
+        if callable(self._term.default):
+            for group in _groups_with(self.optimizer, self._groups_given_lambda):
+                group[STRENGTH] = self._term.now(self._term.default, "lambda_")
 
     def _adopt_targets(self) -> None:
         """Hook the weights that can be regularized by now and were not before."""
@@ -365,7 +388,7 @@ class SNROptimizer(Optimizer):
         """Remember which weights may join the targets once they are trained."""
         self._frozen[:] = [
             found.parameter
-            for found in linear_maps(self._model)
+            for found in linear_maps(self._model, self._selection[2])
             if self._term.holds(found.parameter) and not found.parameter.requires_grad
         ]
 
@@ -379,7 +402,10 @@ class SNROptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.optimizer.state_dict()
-        state_dict[STATE_KEY] = {"vectors": self._term.estimator.state_dict()}
+        state_dict[STATE_KEY] = {
+            "vectors": self._term.estimator.state_dict(),
+            "steps": self._term.n_steps,
+        }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -399,18 +425,20 @@ class SNROptimizer(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        vectors = saved_vectors(state_dict)
+        vectors, steps = saved_state(state_dict)
         strengths = [group.get(STRENGTH) for group in self.param_groups]
         estimator = self._term.estimator.restored(vectors, self.targets)
         self.optimizer.load_state_dict(
             {key: value for key, value in state_dict.items() if key != STATE_KEY}
         )
         self._term.estimator = estimator
+        self._term.n_steps = self._term.n_steps if steps is None else steps
         self._term.outdate()
         for group, strength in zip(self.param_groups, strengths, strict=True):
             if strength is not None:
                 group.setdefault(STRENGTH, strength)
         self._term.index_groups()
+        self._write_scheduled_lambda()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -425,6 +453,7 @@ class SNROptimizer(Optimizer):
             "skipped",
             "_model",
             "_selection",
+            "_decoupled",
             "_term",
             "_groups_given_lambda",
         )
@@ -440,23 +469,33 @@ class SNROptimizer(Optimizer):
 
     def __repr__(self) -> str:
         """Show what is regularized, how, and the wrapped optimizer."""
-        strengths = sorted({self._term.strength(target.parameter) for target in self.targets})
+        strengths = sorted({self._term.strength(target) for target in self.targets})
         status = "removed, 0" if self._removed else f"{len(self.targets)}"
         wrapped = repr(self.optimizer).replace("\n", "\n  ")
         return (
             f"{type(self).__name__}(\n"
             f"  {status} weights regularized, {len(self.skipped)} skipped\n"
-            f"  {STRENGTH}: {', '.join(map(str, strengths))}\n"
+            f"  {STRENGTH}: {', '.join(map(str, strengths))}{', decoupled' * self._decoupled}\n"
             f"  sigma, u, v by {self._term.estimator!r}\n"
             f"  {wrapped}\n)"
         )
 
 
+def _add_nothing(target: Target, grad: Tensor) -> None:
+    """Leave a gradient alone: decoupled, the term goes to the weight at the step."""
+
+
+def _groups_with(optimizer: Optimizer, parameters: list[Tensor]) -> list[dict[str, Any]]:
+    """Return the param groups that hold one of some parameters."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [
+        group for group in optimizer.param_groups if not wanted.isdisjoint(map(id, group["params"]))
+    ]
+
+
 def _withdraw_lambda(optimizer: Optimizer, first_parameters: list[Tensor]) -> None:
-    given = {id(parameter) for parameter in first_parameters}
-    for group in optimizer.param_groups:
-        if given & {id(parameter) for parameter in group["params"]}:
-            group.pop(STRENGTH, None)
+    for group in _groups_with(optimizer, first_parameters):
+        group.pop(STRENGTH, None)
     first_parameters.clear()
 
 

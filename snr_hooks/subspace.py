@@ -23,6 +23,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,29 +35,36 @@ than its square root would be rounding noise blown up; they count for less, smoo
 
 
 class Rows:
-    """The vectors of L weights on one side, in a few tensors that stay where they are.
+    """The vectors of weights on one side, in a few tensors that stay where they are.
 
     Vectors of about equal length share a tensor. The shorter ones are padded with zeros, which
     change no inner product; lengths in one tensor differ by less than a factor of two, so that
-    there are few tensors and little padding.
+    there are few tensors and little padding. The blocks of a weight that is several maps lie
+    one after the other and are L maps among the others.
 
     Args:
-        vectors: Shape ``(k, length)`` for each weight, k the same for all.
+        vectors: Shape ``(k, length)`` for each weight, ``(blocks, k, length)`` for one with
+            blocks; k is the same for all.
     """
 
     def __init__(self, vectors: Sequence[Tensor]) -> None:
         groups: dict[int, list[int]] = {}
         for weight, vector in enumerate(vectors):
-            groups.setdefault((vector.shape[1] - 1).bit_length(), []).append(weight)
+            groups.setdefault((vector.shape[-1] - 1).bit_length(), []).append(weight)
         order = [weight for members in groups.values() for weight in members]
-        self._sizes = [len(members) for members in groups.values()]
-        self.lengths = [[vectors[weight].shape[1] for weight in m] for m in groups.values()]
         self.places = sorted(range(len(order)), key=order.__getitem__)
-        self.order = torch.tensor(order, device=vectors[0].device)
-        self.inverse = torch.tensor(self.places, device=vectors[0].device)
-        k = len(vectors[0])
+        self._lengths = [[vectors[weight].shape[-1] for weight in m] for m in groups.values()]
+        self._batches = [[vectors[weight].shape[:-2] for weight in m] for m in groups.values()]
+        self._sizes = [sum(map(math.prod, batches)) for batches in self._batches]
+        self.counts = [math.prod(vector.shape[:-2]) for vector in vectors]
+        firsts = list(accumulate(self.counts, initial=0))
+        blocks = [firsts[weight] + i for weight in order for i in range(self.counts[weight])]
+        self.order = torch.tensor(blocks, device=vectors[0].device)
+        self.inverse = self.order.argsort()
+        k = vectors[0].shape[-2]
         self.tensors = [
-            vectors[0].new_zeros(len(lengths), k, max(lengths)) for lengths in self.lengths
+            vectors[0].new_zeros(size, k, max(lengths))
+            for size, lengths in zip(self._sizes, self._lengths, strict=True)
         ]
         self.each = self._parts(self.tensors)
         """The vectors of each weight: views, in the order of the weights."""
@@ -67,11 +75,11 @@ class Rows:
         """Make room for as many other vectors.
 
         Args:
-            columns: Whether a weight's vectors lie side by side in memory, as columns.
+            columns: Whether a map's vectors lie side by side in memory, as columns.
 
         Returns:
             Tensors laid out like these, and the part of each weight: shape ``(k, length)``,
-            or with ``columns`` ``(length, k)`` and contiguous.
+            or with ``columns`` ``(length, k)`` and contiguous; after the blocks, if any.
         """
         if not columns:
             tensors = [torch.zeros_like(tensor) for tensor in self.tensors]
@@ -82,16 +90,17 @@ class Rows:
     def _parts(self, tensors: Sequence[Tensor], *, columns: bool = False) -> list[Tensor]:
         """Take tensors that are laid out like these apart; return one view a weight."""
         parts = []
-        for tensor, lengths in zip(tensors, self.lengths, strict=True):
+        for tensor, lengths, batches in zip(tensors, self._lengths, self._batches, strict=True):
             padded = max(lengths)
-            for part, length in zip(tensor.unbind(), lengths, strict=True):
+            blocks = torch.split(tensor, [math.prod(batch) for batch in batches])
+            for part, length, batch in zip(blocks, lengths, batches, strict=True):
                 if length < padded:
-                    part = part[:length] if columns else part[..., :length]
-                parts.append(part)
+                    part = part[..., :length, :] if columns else part[..., :length]
+                parts.append(part if batch else part[0])
         return [parts[place] for place in self.places]
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Split values, one a weight along dimension 0, into one tensor for each of these."""
+        """Split values, one a map along dimension 0, into one tensor for each of these."""
         return torch.split(values[self.order], self._sizes)
 
     def gram(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -136,7 +145,7 @@ class Rows:
         """Unit vectors of signs, laid out like these; made only if they are needed."""
         fixed = [torch.zeros_like(tensor) for tensor in self.tensors]
         for part in self._parts(fixed):
-            k, n = part.shape
+            k, n = part.shape[-2:]
             part.copy_(signs(k, n).double() / math.sqrt(n))
         return fixed
 
@@ -145,7 +154,7 @@ class Ritz(NamedTuple):
     """What a Rayleigh-Ritz step found for each of L matrices, as factors of k vectors.
 
     Attributes:
-        sigma: Shape ``(L,)``, float64: the largest |W x| over unit x in the span.
+        sigma: Shape ``(L, h)``, float64: |W x| at these x, the largest over the span first.
         best: Shape ``(L, h, k)``: rows that combine the vectors into the unit vectors x at
             which |W x| is largest, the best first.
         images: Shape ``(L, h, k)``: rows that combine the products W x into unit vectors.
@@ -175,7 +184,7 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> 
         sigma = (image_gram / gram).sqrt()
         informative = (sigma > 0) & (sigma < math.inf)
         images = torch.where(informative, sigma, 1).reciprocal()
-        return Ritz(sigma[:, 0, 0], gram.rsqrt(), images, informative[:, 0])
+        return Ritz(sigma[..., 0], gram.rsqrt(), images, informative[:, 0])
     size = image_gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     sound = (size > 0) & (size < math.inf)  # not if a NaN is in it either
     shares = image_gram / size
@@ -197,7 +206,7 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> 
     informative = sound[..., 0] & (values > faintest * size[..., 0])
     sigma = values.sqrt()
     images = best / torch.where(informative, sigma, 1)[..., None]
-    return Ritz(sigma[:, 0], best, images, informative)
+    return Ritz(sigma, best, images, informative)
 
 
 @cache
@@ -267,15 +276,15 @@ def _rounds(k: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 
 class Subspaces:
-    """The vectors of L weights with equal numbers of vectors, k.
+    """The vectors of L maps with equal numbers of vectors, k.
 
     On the side that is multiplied next, a weight's vectors are images of the last product,
     then k // 2 vectors kept from the step before. On the other side the first k - k // 2 wait
     to be replaced by images of the next product, and the others are kept already.
 
     Args:
-        right: Right vectors of each weight, shape ``(k, n)``.
-        left: Left vectors of each weight, shape ``(k, m)``.
+        right: Right vectors of each weight, shape ``(k, n)``, or ``(blocks, k, n)``.
+        left: Left vectors of each weight, shape ``(k, m)``, or ``(blocks, k, m)``.
         next_is_right: Whether the next product is W V; it is W^T U otherwise.
     """
 
@@ -285,7 +294,7 @@ class Subspaces:
         self.right = Rows(right)
         self.left = Rows(left)
         self.next_is_right = next_is_right
-        k = len(right[0])
+        k = right[0].shape[-2]
         n_images = k - k // 2
         self._images = {
             True: [tensor[:, :n_images] for tensor in self.right.tensors],
@@ -300,20 +309,22 @@ class Subspaces:
             True: self.left.room(columns=True),
             False: self.right.room(columns=False),
         }
-        best = n_images if k > 1 else 0  # a single vector is the best there is
+        # A single vector is the best there is.
+        images, best = slice(0, k // 2 or 1), slice(n_images if k > 1 else 0, None)
         self.pairs = {
-            True: ([u[0] for u in self.left.each], [v[best] for v in self.right.each]),
-            False: ([u[best] for u in self.left.each], [v[0] for v in self.right.each]),
+            True: (_rows(self.left.each, images), _rows(self.right.each, best)),
+            False: (_rows(self.left.each, best), _rows(self.right.each, images)),
         }
-        """For a step on the right, and on the left: u, shape ``(m,)``, and v, shape ``(n,)``, of
-        each weight: views that hold what the step found until the next. With its sigma,
-        sigma u v^T is W v v^T, or u u^T W, the gradient of half the squared bound."""
+        """For a step on the right, and on the left: u, shape ``(r, m)``, and v, shape ``(r, n)``,
+        of each weight, after its blocks, if any; the best first, r is k // 2 or 1: views that
+        hold what the step found until the next. With their sigma, the sum of sigma u v^T is
+        W V^T V, or U^T U W, the gradient of half the sum of the squared bounds."""
 
     def multiplied(self, *, right: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Return the vectors of each weight on a side, and where their products are expected.
 
         Right vectors have shape ``(k, n)``, their products ``(m, k)``; left vectors ``(k, m)``,
-        their products ``(k, n)``.
+        their products ``(k, n)``; all after the blocks, if any.
         """
         return (self.right if right else self.left).each, self._products[right][1]
 
@@ -321,7 +332,8 @@ class Subspaces:
         """Find the best unit vector of this side, once the products have been computed.
 
         Returns:
-            sigma of each weight, shape ``(L,)``, float64: a lower bound of sigma_1.
+            sigma of each map, shape ``(L, r)``, float64: lower bounds of the largest singular
+            values, in descending order.
         """
         right = self.next_is_right
         here, there = (self.right, self.left) if right else (self.left, self.right)
@@ -336,7 +348,11 @@ class Subspaces:
         there.combine(ritz.images, images, self._images[not right])
         there.fill(~ritz.informative)
         self.next_is_right = not right
-        return ritz.sigma
+        return ritz.sigma[:, : k // 2 or 1]
+
+
+def _rows(vectors: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    return [vector[..., rows, :] for vector in vectors]
 
 
 def signs(k: int, n: int) -> Tensor:
@@ -345,7 +361,7 @@ def signs(k: int, n: int) -> Tensor:
     return torch.where(multiples.frac() < 0.5, 1.0, -1.0)
 
 
-def starting_vectors(k: int, n: int, seed: int, name: str) -> Tensor:
+def starting_vectors(k: int, n: int, seed: int, name: str, n_blocks: int | None = None) -> Tensor:
     """Draw orthonormal vectors from which the iteration for one weight starts.
 
     They depend on the arguments alone: not on the global random stream (which is not
@@ -357,13 +373,15 @@ def starting_vectors(k: int, n: int, seed: int, name: str) -> Tensor:
         n: Length of a vector.
         seed: The user's seed.
         name: Name of the parameter, so that equal shapes get different vectors.
+        n_blocks: Of how many blocks, if the weight has blocks.
 
     Returns:
-        Rows in float64 on the CPU, shape ``(k, n)``.
+        Rows in float64 on the CPU, shape ``(k, n)``, or ``(n_blocks, k, n)``.
     """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+    shape = (n, k) if n_blocks is None else (n_blocks, n, k)
     orthonormal: Tensor = torch.linalg.qr(
-        torch.randn(n, k, generator=generator, dtype=torch.float64)
+        torch.randn(shape, generator=generator, dtype=torch.float64)
     ).Q
     return orthonormal.mT.contiguous()

@@ -1,13 +1,18 @@
 """The regularization term lambda * sigma * u v^T, at the scale the gradient has."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from snr_hooks.checks import STRENGTH, checked_strength
+from snr_hooks.checks import STRENGTH, learning_rate
+from snr_hooks.choices import Strength, checked_strength
 from snr_hooks.discovery import Target
 from snr_hooks.estimators import Estimator, Term
+from snr_hooks.penalties import HALF_SQUARE
 from snr_hooks.sharding import local
 
 
@@ -18,7 +23,7 @@ class SpectralTerm:
         optimizer: Holds lambda in its param groups. They are read anew for every term, so
             that lambda can be scheduled like a learning rate.
         estimator: Where sigma, u and v come from.
-        default: lambda for groups that do not name one.
+        default: lambda for groups that do not name one; a number or a function of the step.
         scaler: The loss scaler whose scale the gradients carry, if any.
     """
 
@@ -26,7 +31,7 @@ class SpectralTerm:
         self,
         optimizer: torch.optim.Optimizer,
         estimator: Estimator,
-        default: float,
+        default: Strength,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.estimator = estimator
@@ -34,6 +39,8 @@ class SpectralTerm:
         self.default = default
         self.targets: tuple[Target, ...] = ()
         self.removed = False
+        self.n_steps = 0
+        """How many steps were taken, for what is scheduled."""
         self._optimizer = optimizer
         self._terms: dict[str, tuple[tuple[int, int], Term]] = {}
         self._group_of: dict[int, int] = {}
@@ -55,39 +62,72 @@ class SpectralTerm:
         """Return whether the optimizer updates the parameter."""
         return id(parameter) in self._group_of
 
-    def strength(self, parameter: Tensor) -> float:
-        """Return the current lambda of a parameter, 0 if no group holds it any more.
+    def strength(self, target: Target) -> float:
+        """Return the current lambda of a target, 0 if no group holds its parameter any more.
 
         Raises:
-            TypeError: Its param group's lambda is not a number.
+            TypeError: The lambda that was chosen for it, or its param group's, is not a number.
             ValueError: It is negative or not finite.
         """
-        index = self._group_of.get(id(parameter))
-        if index is None:
+        group = self._group(target.parameter)
+        if group is None:
             return 0.0
-        group = self._optimizer.param_groups[index]
-        return checked_strength(group.get(STRENGTH, self.default), f"{STRENGTH} of group {index}")
+        if target.strength is not None:
+            return self.now(target.strength, f"lambda of {target.name!r}")
+        return self.now(group.get(STRENGTH, self.default), f"{STRENGTH} of a param group")
+
+    def now(self, strength: Strength, what: str) -> float:
+        """Return lambda at this step."""
+        value = strength(self.n_steps) if callable(strength) else strength
+        return checked_strength(value, what)
+
+    def _group(self, parameter: Tensor) -> dict[str, Any] | None:
+        index = self._group_of.get(id(parameter))
+        return None if index is None else self._optimizer.param_groups[index]
 
     def add(self, target: Target, grad: Tensor) -> None:
         """Add the term to the gradient in place; nothing is computed where lambda is 0."""
-        strength = self.strength(target.parameter)
+        strength = self.strength(target)
         if strength == 0:
             return
         term = self._current(target)
-        factor = self._direction(target.parameter) * strength * term.sigma
+        factor = self._direction(target.parameter) * strength * _slope(target, term.sigma)
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
         if grad.dtype is torch.float16:
-            _warn_of_underflow(target, term, factor)
+            _warn_of_underflow(target, grad, term, factor)
         term.add(grad, factor)
+
+    def decay(self) -> Callable[[], None]:
+        """Prepare to subtract lr * lambda times the terms of the weights as they are now.
+
+        Returns:
+            A function that subtracts them from the weights that have a gradient by then, as
+            AdamW decays weights (Loshchilov and Hutter 2019, algorithm 2, line 12).
+        """
+        due = [t for t in self.targets if self._is_due(t)]
+        terms = self.estimator.advance(due)
+        factors = [
+            -learning_rate(self._group(target.parameter) or {})
+            * (self.strength(target) * _slope(target, term.sigma))
+            for target, term in zip(due, terms, strict=True)
+        ]
+
+        @torch.no_grad()
+        def subtract() -> None:
+            for target, term, factor in zip(due, terms, factors, strict=True):
+                if target.parameter.grad is not None:
+                    term.add(target.parameter, factor)
+
+        return subtract
 
     def _direction(self, parameter: Tensor) -> float:
         """Return -1 for a group that maximizes, whose optimizer ascends along gradients.
 
         Sigma is to shrink there too, as a weight does under weight decay.
         """
-        group = self._optimizer.param_groups[self._group_of[id(parameter)]]
-        return -1.0 if group.get("maximize") else 1.0
+        group = self._group(parameter)
+        return -1.0 if group and group.get("maximize") else 1.0
 
     def outdate(self) -> None:
         """Compute the terms anew when one is asked for next."""
@@ -102,7 +142,7 @@ class SpectralTerm:
         """
         known = self._terms.get(target.name)
         if known is None or known[0] != _written(target.parameter):
-            active = [t for t in self.targets if self._is_due(t, asked=target)]
+            active = [t for t in self.targets if t is target or self._is_due(t)]
             terms = self.estimator.advance(active)
             self._terms = {
                 t.name: (_written(t.parameter), term) for t, term in zip(active, terms, strict=True)
@@ -110,10 +150,8 @@ class SpectralTerm:
             known = self._terms[target.name]
         return known[1]
 
-    def _is_due(self, target: Target, *, asked: Target) -> bool:
-        if target is asked:
-            return True
-        return target.parameter.requires_grad and self.strength(target.parameter) > 0
+    def _is_due(self, target: Target) -> bool:
+        return target.parameter.requires_grad and self.strength(target) > 0
 
     @staticmethod
     def _scale(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
@@ -127,12 +165,32 @@ class SpectralTerm:
         return scaler.scale(torch.ones((), device=device))
 
 
-def _warn_of_underflow(target: Target, term: Term, factor: float | Tensor) -> None:
+def _slope(target: Target, sigma: float | Tensor) -> float | Tensor:
+    """Return the derivative of the penalty by each singular value that counts, 0 for others."""
+    if target.penalty.derivative is HALF_SQUARE.derivative:
+        slope = sigma
+    else:
+        slope = target.penalty.derivative(torch.as_tensor(sigma, dtype=torch.float64))
+    if target.view.pooled:
+        double = partial(torch.as_tensor, dtype=torch.float64)
+        slope = _of_largest(double(slope), double(sigma), target.top)
+    return slope
+
+
+def _of_largest(slope: Tensor, sigma: Tensor, n: int) -> Tensor:
+    """Set the slopes of all but the n largest singular values to 0."""
+    largest = sigma.flatten().topk(min(n, sigma.numel())).indices
+    return torch.zeros_like(slope).put_(largest, slope.take(largest))
+
+
+def _warn_of_underflow(target: Target, grad: Tensor, term: Term, factor: float | Tensor) -> None:
     """Say so if nothing of a term is left in a float16 gradient.
 
     Reading the largest entry waits for the device; gradients of other dtypes are spared it.
     """
-    largest = abs(float(factor)) * float(term.u.abs().max() * term.v.abs().max())
+    alone = torch.zeros_like(grad, dtype=torch.float32)
+    term.add(alone, factor)
+    largest = float(local(alone).abs().max()) if local(alone).numel() else 0.0
     if 0 < largest < 2**-25:  # half the smallest float16, rounded to zero
         warnings.warn(
             f"the term of {target.name!r} underflows: its largest entry is {largest:.2g}, and "

@@ -21,7 +21,7 @@ and adds the term never asks which view it holds.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -47,11 +47,19 @@ class View(Protocol):
     def group(self) -> "ProcessGroup | None":
         """The processes over which products are to be added up, if there are several."""
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the map as a matrix, shape ``(m, n)``."""
+    @property
+    def version(self) -> object:
+        """What products were prepared for, besides the weight: another one, and they are stale."""
 
-    def shape(self, weight: Tensor) -> tuple[int, int]:
-        """Return ``(m, n)``."""
+    @property
+    def pooled(self) -> bool:
+        """Whether blocks are those of one map, whose largest singular values alone count."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the map as a matrix, shape ``(m, n)``; blocks as ``(blocks, m, n)``."""
+
+    def shape(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the shape of ``matrix``."""
 
     def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
         """Prepare W v for each row of v, ``(k, n)``, to be written to ``out``, ``(m, k)``."""
@@ -60,7 +68,7 @@ class View(Protocol):
         """Prepare W^T u for each row of u, ``(k, m)``, to be written to ``out``, ``(k, n)``."""
 
     def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
-        """Prepare the addition of a multiple of u v^T to a gradient."""
+        """Prepare the addition of multiples of u v^T to a gradient."""
 
     def describe(self, weight: Tensor) -> str:
         """Return how the matrix is made."""
@@ -76,9 +84,9 @@ class MatrixView:
 
     out_axis: int = 0
 
-    @property
-    def group(self) -> None:
-        """None: this process holds all of the weight."""
+    group = None  # this process holds all of the weight
+    version = None
+    pooled = False
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the weight as a matrix, shape ``(m, n)``; a view where strides allow."""
@@ -165,7 +173,7 @@ class MatrixView:
         return matrix, list(outputs_first.shape[1:]), order
 
     def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
-        """Prepare the addition of a multiple of u v^T to a gradient.
+        """Prepare the addition of multiples of u v^T to a gradient.
 
         Broadcasting reaches the gradient itself under any memory format, where
         ``grad.flatten(1).add_()`` would change a copy under channels_last. The product
@@ -173,18 +181,22 @@ class MatrixView:
 
         Args:
             weight: The weight; only its shape matters.
-            u: Shape ``(m,)``.
-            v: Shape ``(n,)``.
+            u: Shape ``(m,)``, or ``(r, m)`` for a sum of r products.
+            v: Shape ``(n,)``, or ``(r, n)``.
 
         Returns:
             A function of a gradient, of any strides and dtype, and a factor: a number, or a
-            scalar tensor where reading a number would wait for the device.
+            scalar tensor where reading a number would wait for the device; for r products a
+            tensor of shape ``(r,)``.
         """
         rows = [1] * weight.ndim
         rows[self.out_axis] = -1
         columns = list(weight.shape)
         columns[self.out_axis] = 1
-        return partial(_add_product_, u.view(rows), v.view(columns))
+        if u.ndim == 1:
+            return partial(_add_product_, u.view(rows), v.view(columns))
+        pairs = [(a.view(rows), b.view(columns)) for a, b in zip(u, v, strict=True)]
+        return partial(_add_products_, pairs)
 
     def describe(self, weight: Tensor) -> str:
         """Return how the matrix is made, e.g. ``64 x 147 matrix, flatten(1)``."""
@@ -207,6 +219,9 @@ class ShardedView:
 
     view: MatrixView
     part: Part
+
+    version = None
+    pooled = False
 
     @property
     def group(self) -> "ProcessGroup":
@@ -264,3 +279,9 @@ def _add_product_(rows: Tensor, columns: Tensor, grad: Tensor, factor: float | T
         grad.addcmul_(rows * factor, columns)
     else:
         grad.addcmul_(rows, columns, value=factor)
+
+
+def _add_products_(pairs: Sequence[tuple[Tensor, Tensor]], grad: Tensor, factors: Tensor) -> None:
+    """Add the product of each pair with its factor, of those along the last dimension."""
+    for (rows, columns), factor in zip(pairs, factors.unbind(-1), strict=True):
+        _add_product_(rows, columns, grad, factor)

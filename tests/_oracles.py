@@ -6,6 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from snr_hooks import discover
+from snr_hooks.estimators import ExactSVD
+from snr_hooks.term import SpectralTerm
+
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -91,3 +95,38 @@ class SlowSubspace:
         pair = (images[0], best[0]) if self.on_right else (best[0], images[0])
         self.on_right = not self.on_right
         return float(sigmas[0]), *pair
+
+
+def penalty_of(matrices, *, top=1, pooled=False, psi=lambda sigma: sigma.square() / 2) -> Tensor:
+    """sum of psi over the largest singular values of each matrix, or of all of them together."""
+    spectra = [torch.linalg.svdvals(matrix) for matrix in matrices]
+    if pooled:
+        spectra = [torch.cat(spectra).sort(descending=True).values]
+    return sum(psi(spectrum[:top]).sum() for spectrum in spectra)
+
+
+def products_of(target, matrices, seed: int, k: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    """W V and W^T U of each matrix by the target's view, and by plain products."""
+    view, weight = target.view, target.parameter.detach()
+    *batch, m, n = view.shape(weight)
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.randn(*batch, k, n, generator=generator, dtype=torch.float64)
+    u = torch.randn(*batch, k, m, generator=generator, dtype=torch.float64)
+    right, left = v.new_empty(*batch, m, k), v.new_empty(*batch, k, n)
+    view.matvec(weight, v, right)()
+    view.rmatvec(weight, u, left)()
+    stacked = torch.stack(list(matrices)).view(*batch, m, n)
+    return [right, left], [stacked @ v.mT, u @ stacked]
+
+
+def term_of(module, name, choice):
+    """The targets of a parameter, and their terms by exact SVD, added to a zero gradient."""
+    found = discover(module, choose={name: choice}).targets
+    targets = [target for target in found if target.parameter_name == name]
+    optimizer = torch.optim.SGD([module.get_parameter(name)], lr=1.0)
+    term = SpectralTerm(optimizer, ExactSVD(), 1.0, None)
+    term.targets = tuple(targets)
+    grad = torch.zeros_like(module.get_parameter(name))
+    for target in targets:
+        term.add(target, grad)
+    return targets, grad

@@ -20,6 +20,7 @@ def tiny(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_runs_and_writes_its_report(tiny, tmp_path, capsys):
     bench.main(
         [

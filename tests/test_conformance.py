@@ -66,7 +66,12 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+LARGE = {"resnet10t", "resnetv2_18", "vgg11"}  # half of the time of all
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in MODELS]
+)
 def model(request):
     torch.manual_seed(0)
     name, options = request.param, MODELS[request.param]

@@ -214,7 +214,7 @@ def test_linear_maps_include_frozen_ones():
 def test_the_table_shows_targets_views_and_reasons():
     text = str(discover(build("one_and_three_dimensions"), exclude="body.0.*"))
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "body.1.weight 4 x 3 x 3 3 x 12 matrix, movedim(1, 0).flatten(1)" in lines
+    assert "body.1.weight 4 x 3 x 3 3 x 12 matrix, movedim(1, 0).flatten(1) sigma^2 / 2" in lines
     assert "body.0.weight skipped: matched by exclude" in lines
     assert lines[-1] == "4 regularized, 1 skipped"
     assert repr(discover(nn.ReLU())).endswith("0 regularized, 0 skipped")

@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,11 @@ def written(output):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+def saved_epoch(output):
+    path = Path(output, CHECKPOINT)
+    return torch.load(path)["epoch"] if path.exists() else -1
+
+
 def wait_for_checkpoint(process, output, limit=120):
     """Return when a checkpoint newer than those there is complete, or the process ended."""
     before, deadline = written(output), time.monotonic() + limit
@@ -100,20 +106,24 @@ def test_a_run_killed_at_twenty_random_moments_resumes_to_the_same_weights():
     options = ["--epochs", "30", "--subset", "640", "--model", "test_vit"]
     run(toy(epochs=30, subset=640, batch_size=64, model="test_vit"), Path("whole"))
     moments = random.Random(0)
-    epochs = []
-    while len(epochs) < 20:
+    kills = 0
+    while kills < 20:
+        before = saved_epoch("killed")
         process = start("killed", *options)
         time.sleep(moments.uniform(2, 12))  # from its imports to several epochs
-        assert process.poll() is None, finish(process)  # 20 kills, so it must not be done before
         process.send_signal(signal.SIGKILL)
-        assert finish(process)[0] == -signal.SIGKILL
-        saved = Path("killed", CHECKPOINT).exists()
-        epochs.append(torch.load(Path("killed", CHECKPOINT))["epoch"] if saved else -1)
-    assert epochs == sorted(epochs)  # nothing is lost once saved
+        code, stderr = finish(process)
+        assert code in (0, -signal.SIGKILL), stderr
+        assert saved_epoch("killed") >= before  # nothing is lost once saved
+        kills += code != 0
+        if code == 0:  # a fast machine: on to the next run
+            assert_same("whole", "killed")
+            shutil.rmtree("killed")
     assert finish(start("killed", *options), 900)[0] == 0
     assert_same("whole", "killed")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_weights():
     run(toy(), Path("whole"))
     process = start("interrupted", *OPTIONS)

@@ -13,6 +13,7 @@ from _oracles import exact_terms
 from snr_hooks import SNROptimizer
 from snr_hooks.estimators import Term
 from snr_hooks.term import _warn_of_underflow
+from snr_hooks.views import MatrixView
 
 LAMBDA = 0.05
 INFINITE = {3, 4, 17, 30, 31, 32}
@@ -128,6 +129,7 @@ def test_a_term_that_underflows_in_float16_is_reported_and_a_scaled_one_is_not()
 @pytest.mark.parametrize("side", [1, -1])
 @pytest.mark.parametrize(("share", "lost"), [(0.9, True), (1.1, False)])
 def test_underflow_begins_at_half_the_smallest_float16(sign, side, share, lost):
-    term = Term(1.0, side * torch.ones(2), torch.ones(2), None)
+    grad, u, v = torch.zeros(2, 2).half(), side * torch.ones(2), torch.ones(2)
+    term = Term(1.0, u, v, MatrixView().adder(grad, u, v))
     with pytest.warns(UserWarning, match="underflows") if lost else nullcontext():
-        _warn_of_underflow(SimpleNamespace(name="w"), term, sign * share * 2**-25)
+        _warn_of_underflow(SimpleNamespace(name="w"), grad, term, sign * share * 2**-25)

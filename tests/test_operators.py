@@ -1,0 +1,94 @@
+"""Convolutions as operators, against the matrix that the layer itself gives when it is applied."""
+
+import pytest
+import torch
+from _oracles import penalty_of, products_of, term_of
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+
+from snr_hooks import discover
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+def operator(module, weight, size):
+    """The layer as a matrix, differentiable in the weight: its outputs for all unit images."""
+    n = module.in_channels * torch.Size(size).numel()
+    images = torch.eye(n, dtype=weight.dtype).view(n, module.in_channels, *size)
+    return functional_call(module, {"weight": weight}, (images,)).flatten(1).T
+
+
+@st.composite
+def layers(draw):
+    """A layer without bias and a size for its input, one to three dimensions."""
+    d = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2))
+    largest = {1: 9, 2: 5, 3: 3}[d]
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(d))  # noqa: E731
+    size, kernel, stride = each(1, largest), each(1, 3), each(1, 3)
+    dilation = each(1, 2)
+    options = {"groups": groups, "bias": False, "dtype": torch.float64}
+    ins, outs = (groups * draw(st.integers(1, 2)) for _ in range(2))
+    if draw(st.booleans()):
+        extra = tuple(
+            draw(st.integers(0, max(s, e) - 1)) for s, e in zip(stride, dilation, strict=True)
+        )
+        module = TRANSPOSED[d](
+            ins,
+            outs,
+            kernel,
+            stride,
+            padding=each(0, 2),
+            output_padding=extra,
+            dilation=dilation,
+            **options,
+        )
+    else:
+        padding = draw(st.one_of(st.just("valid"), st.just("same"), st.just(each(0, 2))))
+        mode = draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
+        stride = (1,) * d if padding == "same" else stride
+        module = CONVOLUTIONS[d](
+            ins, outs, kernel, stride, padding, dilation, padding_mode=mode, **options
+        )
+    return module, size
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@settings(max_examples=150)
+@given(case=layers(), seed=st.integers(0, 2**31), top=st.sampled_from([1, 2]))
+def test_products_and_term_equal_those_of_the_layer_as_a_matrix(case, seed, top):
+    module, size = case
+    weight = module.weight
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+    try:
+        expected = operator(module, weight, size)
+    except RuntimeError:  # the kernel or the padding is too large for the image
+        assume(False)
+    assume(expected.numel() > 0)
+    choice = {"view": "operator", "input_size": size, "top": top}
+    [target], grad = term_of(module, "weight", choice)
+    assert target.view.shape(weight) == tuple(expected.shape)
+    torch.testing.assert_close(target.view.matrix(weight), expected, rtol=1e-10, atol=1e-12)
+    for found, product in zip(*products_of(target, [expected.detach()], seed), strict=True):
+        torch.testing.assert_close(found, product, rtol=1e-10, atol=1e-12)
+    values = torch.linalg.svdvals(expected.detach())
+    gaps = values[: top + 1].diff().abs()
+    assume(len(gaps) == 0 or gaps.min() > 1e-3 * values[0])  # else the gradient is not unique
+    [gradient] = torch.autograd.grad(penalty_of([expected], top=top), weight)
+    torch.testing.assert_close(grad, gradient, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 5)])
+def test_the_norm_is_that_of_the_fft_for_circular_padding(size):
+    module = nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", dtype=torch.float64)
+    kernel = module.weight.detach()
+    transform = torch.fft.fft2(kernel, s=size)
+    expected = torch.linalg.svdvals(transform.permute(2, 3, 0, 1)).max()
+    [target] = discover(module, choose={"weight": {"view": "operator", "input_size": size}}).targets
+    found = torch.linalg.svdvals(target.view.matrix(kernel))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
