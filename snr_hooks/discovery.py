@@ -21,7 +21,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from snr_hooks._text import dimensions, nearest, table
 from snr_hooks.choices import Choice, Choices, Choose, Strength
 from snr_hooks.layouts import CONVOLUTIONS, TRANSPOSED, Heads, Place, maps_in
-from snr_hooks.operators import InputSize, convolution_view
+from snr_hooks.observation import InputSize
+from snr_hooks.operators import convolution_view
 from snr_hooks.penalties import HALF_SQUARE, Penalty
 from snr_hooks.sharding import is_sharded, part_of
 from snr_hooks.views import MatrixView, ShardedView, View
@@ -343,7 +344,7 @@ def _operator(owner: _Owned, choice: Choice) -> View:
             f"expected input_size of {owner.name!r} to have {n_dimensions} dimensions, found {size}"
         )
     same = any(base.__name__ in _SAME for base in type(module).__mro__)
-    return convolution_view(module, InputSize(owner.name, size), same=same)
+    return convolution_view(module, InputSize(owner.name, module, size), same=same)
 
 
 def _sharded(owner: _Owned, views: Mapping[str, View]) -> tuple[Mapping[str, View], str | None]:

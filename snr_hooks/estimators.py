@@ -134,7 +134,7 @@ class SubspaceIteration:
     def __getstate__(self) -> dict[str, object]:
         """Return what copies and pickles hold: no batches, whose views would be torn apart."""
         return self.__dict__ | {
-            "_vectors": self.state_dict(),
+            "_vectors": self._by_name(()),
             "_batches": [],
             "_arrangement": [],
         }
@@ -145,8 +145,12 @@ class SubspaceIteration:
         return f"subspace iteration, {products} with {vectors} a step"
 
     def state_dict(self) -> dict[str, Vectors]:
-        """Return the vectors of each weight needed so far."""
-        return self._by_name(())
+        """Return the vectors of each weight needed so far, and the size of inputs if it matters."""
+        state = self._by_name(())
+        for batch in self._batches:
+            for name, size in batch.sizes().items():
+                state[name] = {**state[name], "input_size": torch.tensor(size)}
+        return state
 
     def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
         """Return an estimator that continues from saved vectors.
@@ -167,7 +171,7 @@ class SubspaceIteration:
         known = {
             name: _checked_vectors(target, state[name], self._n_vectors(target))
             for name, target in by_name.items()
-            if name in state and not self._is_thin(target)
+            if name in state and _is_of_size(target, state[name]) and not self._is_thin(target)
         }
         unknown = sorted(state.keys() - by_name.keys())
         if unknown:
@@ -184,10 +188,16 @@ class SubspaceIteration:
         vectors = self._vectors | {
             name: pair for batch in self._batches for name, pair in batch.vectors().items()
         }
-        fresh = [target for target in targets if target.name not in vectors]
+        fresh = [
+            target
+            for target in targets
+            if target.name not in vectors or not _is_long(vectors[target.name], target)
+        ]
         if fresh:
             # All weights should be on the same side at a time: fewer, larger batches.
-            others_on_left = any(not _next_is_right(pair) for pair in vectors.values())
+            names = {target.name for target in fresh}
+            others = [pair for name, pair in vectors.items() if name not in names]
+            others_on_left = any(not _next_is_right(pair) for pair in others)
             batches = _batches(fresh, {target.name: self._start(target) for target in fresh})
             _iterated(batches, 2 * WARM_UP + others_on_left)
             vectors |= {name: pair for batch in batches for name, pair in batch.vectors().items()}
@@ -417,6 +427,11 @@ class _Batch:
         sigma = sigma[:, : target.top]
         return sigma if _n_blocks(target) else sigma[0]
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Return the input sizes by name, of the weights whose vectors depend on one."""
+        sizes = {target.name: target.view.version for target in self._members}
+        return {name: size for name, size in sizes.items() if isinstance(size, tuple)}
+
     def vectors(self) -> dict[str, Vectors]:
         """Return the vectors by name, as views."""
         right, left = self._subspaces.right.each, self._subspaces.left.each
@@ -486,6 +501,23 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def _is_long(pair: Vectors, target: Target) -> bool:
+    """Whether vectors have the lengths of a target, whose input may have another size by now."""
+    *_, m, n = target.view.shape(target.parameter)
+    return (pair["left"].shape[-1], pair["right"].shape[-1]) == (m, n)
+
+
+def _is_of_size(target: Target, entry: object) -> bool:
+    """Whether saved vectors are of the target's input size, which they say if it is unknown."""
+    size = target.view.observes
+    saved = entry.get("input_size") if isinstance(entry, Mapping) else None
+    if size is None or not isinstance(saved, Tensor):
+        return size is None
+    if size.value is None:
+        size.value = tuple(saved.tolist())
+    return size.value == tuple(saved.tolist())
 
 
 def _checked_vectors(target: Target, vectors: object, k: int) -> Vectors:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from snr_hooks._text import dimensions
+from snr_hooks.observation import InputSize
 from snr_hooks.products import Product
 from snr_hooks.views import Adder
 
@@ -39,35 +40,6 @@ _WEIGHT_GRADIENT: dict[int, Callable[..., Tensor]] = {
 
 _LARGEST_MATRIX = 2**27
 """Entries of an operator from which it is not written out as a matrix: a gigabyte."""
-
-
-class InputSize:
-    """The size of the images that a layer gets, given or observed.
-
-    Args:
-        name: Of the layer's weight, for messages.
-        value: Height and width, or as many dimensions as there are; None: to be observed.
-    """
-
-    def __init__(self, name: str, value: tuple[int, ...] | None = None) -> None:
-        self._name = name
-        self.value = value
-        self.is_given = value is not None
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        """The size.
-
-        Raises:
-            ValueError: It was not given, and no forward pass was observed.
-        """
-        if self.value is None:
-            raise ValueError(
-                f"expected the input size of {self._name!r} to be known, found that no forward "
-                "pass with gradients went through its layer yet: run one, or give input_size in "
-                "choose"
-            )
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -95,6 +67,11 @@ class ConvolutionView:
 
     group = None  # this process holds all of the weight
     pooled = False
+
+    @property
+    def observes(self) -> InputSize | None:
+        """What is to be watched in forward passes."""
+        return None if self.size.is_given else self.size
 
     @property
     def version(self) -> tuple[int, ...] | None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from snr_hooks._text import dimensions
+from snr_hooks.observation import InputSize
 from snr_hooks.products import Product, times, transposed_times
 from snr_hooks.sharding import Part, local, whole
 
@@ -54,6 +55,10 @@ class View(Protocol):
     @property
     def pooled(self) -> bool:
         """Whether blocks are those of one map, whose largest singular values alone count."""
+
+    @property
+    def observes(self) -> InputSize | None:
+        """The size of an input that forward passes are to be watched for, if any."""
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the map as a matrix, shape ``(m, n)``; blocks as ``(blocks, m, n)``."""
@@ -86,6 +91,7 @@ class MatrixView:
 
     group = None  # this process holds all of the weight
     version = None
+    observes = None
     pooled = False
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -221,6 +227,7 @@ class ShardedView:
     part: Part
 
     version = None
+    observes = None
     pooled = False
 
     @property

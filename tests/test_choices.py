@@ -1,0 +1,407 @@
+"""What is chosen by pattern, in training, in checkpoints and in error messages."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from _models import Net, build
+from _oracles import as_matrix, penalty_of
+from test_operators import operator
+from torch import nn
+
+from snr_hooks import Penalty, SNROptimizer, around, audit, discover, hinge, squared_hinge
+from snr_hooks.choices import FAMILIES, VIEWS, Choice
+
+
+class Attention(nn.Module):
+    num_heads = 2
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(6, 18)
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(len(x), -1, 3, 2, 3).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Many(Net):
+    """One weight of each kind."""
+
+    def __init__(self):
+        body = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+            nn.Tanh(),
+            nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2),
+            nn.Tanh(),
+            nn.ConvTranspose2d(4, 6, 2, groups=2),
+            nn.Flatten(2),
+        )
+        super().__init__(body, 3, 2, 6, 6)
+        self.attn = Attention()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.attn(self.body(x).mT).mean(1))
+
+
+def many():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Many().double()
+
+
+CHOOSE = {
+    "body.0.weight": {"view": "operator", "penalty": {"hinge": 0.2}},
+    "body.2.weight": {"view": "blocks", "penalty": "sigma", "lambda": 0.02},
+    "body.4.weight": {"view": "blocks", "norm": "each", "top": 2},
+    "attn.*.weight": "heads",
+    "head.weight": {"top": 2, "penalty": {"squared_hinge": 0.3}},
+}
+
+
+def chosen_penalty(model, strength):
+    """The same in the loss, each weight cut up and penalized as CHOOSE says, by hand."""
+    first, grouped, transposed = model.body[0], model.body[2], model.body[4]
+    halves = [as_matrix(c, transposed=True) for c in transposed.weight.chunk(2)]
+    heads = [model.attn.qkv.weight.chunk(6), model.attn.proj.weight.chunk(2, dim=1)]
+    as_operator = operator(first, first.weight, (6, 6)) - operator(first, first.weight * 0, (6, 6))
+    total = strength * penalty_of([as_operator], psi=lambda s: (s - 0.2).clamp(min=0))
+    groups = [as_matrix(c) for c in grouped.weight.chunk(2)]
+    total += 0.02 * penalty_of(groups, pooled=True, psi=lambda s: s)
+    total += strength * penalty_of(halves, top=2)
+    total += strength * sum(penalty_of(blocks) for blocks in heads)
+    square = lambda s: (s - 0.3).clamp(min=0).square() / 2  # noqa: E731
+    return total + strength * penalty_of([model.head.weight], top=2, psi=square)
+
+
+def steps(model, optimizer, n, *, strength=None, before_step=lambda: None):
+    for step in range(n):
+        optimizer.zero_grad()
+        loss = (model(model.example) - 0.1 * step).square().mean()
+        if strength is not None:
+            loss = loss + chosen_penalty(model, strength)
+        loss.backward()
+        before_step()
+        optimizer.step()
+
+
+def distance(a, b):
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max((p - q).abs().max().item() for p, q in pairs)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.002),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_twenty_steps_equal_the_chosen_penalties_in_the_loss(name):
+    make = OPTIMIZERS[name]
+    wrapped = many()
+    reference, plain = copy.deepcopy(wrapped), copy.deepcopy(wrapped)
+    opt = SNROptimizer(make(wrapped.parameters()), wrapped, 0.05, choose=CHOOSE, exact=True)
+    steps(wrapped, opt, 20)
+    steps(reference, make(reference.parameters()), 20, strength=0.05)
+    steps(plain, make(plain.parameters()), 20)
+    assert distance(wrapped, reference) <= 1e-12
+    assert distance(wrapped, plain) > 1e-3
+
+
+def test_iteration_finds_what_exact_svd_finds_for_every_view():
+    exact, iterated = many(), many()
+    # But for the operator, whose largest singular values nearly coincide: its vectors mix.
+    choose = {**CHOOSE, "body.0.weight": "matrix"}
+    for model, options in ((exact, {"exact": True}), (iterated, {"n_power_iterations": 30})):
+        base = OPTIMIZERS["sgd"](model.parameters())
+        steps(model, SNROptimizer(base, model, 0.05, choose=choose, **options), 10)
+    assert distance(exact, iterated) <= 1e-6
+
+
+def written_out_decoupled(model, strength, lr):
+    """The gradient of the penalty now; a function that subtracts lr times it."""
+    grads = torch.autograd.grad(
+        chosen_penalty(model, strength), list(model.parameters()), allow_unused=True
+    )
+
+    @torch.no_grad()
+    def subtract():
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            if grad is not None:
+                parameter -= lr * grad
+
+    return subtract
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decoupled_equals_its_written_out_reference(name):
+    wrapped, reference, coupled = many(), many(), many()
+    base = OPTIMIZERS[name](wrapped.parameters())
+    opt = SNROptimizer(base, wrapped, 0.05, choose=CHOOSE, exact=True, decoupled=True)
+    plain = OPTIMIZERS[name](reference.parameters())
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 3, 0.5) for o in (opt, plain)]
+    for _ in range(10):
+        steps(wrapped, opt, 1)
+        subtracts = []
+
+        def prepare(subtracts=subtracts):
+            lr = plain.param_groups[0]["lr"]
+            subtracts.append(written_out_decoupled(reference, 0.05, lr))
+
+        steps(reference, plain, 1, before_step=prepare)
+        subtracts[0]()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert distance(wrapped, reference) <= 1e-12
+    base = OPTIMIZERS[name](coupled.parameters())
+    steps(coupled, SNROptimizer(base, coupled, 0.05, choose=CHOOSE, exact=True), 10)
+    assert distance(wrapped, coupled) > 1e-4
+
+
+# --- decoupled ---
+
+
+def test_decoupled_leaves_gradients_and_unused_weights_alone():
+    model, bare = build("with_unused"), build("with_unused")
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = SNROptimizer(opt, model, 0.5, decoupled=True, exact=True)
+    for m in (model, bare):
+        m(m.example).square().mean().backward()
+    for p, q in zip(model.parameters(), bare.parameters(), strict=True):
+        assert p.grad is q.grad is None or torch.equal(p.grad, q.grad)
+    unused, used = model.unused.weight.clone(), model.body[0].weight.clone()
+    opt.step()
+    assert torch.equal(model.unused.weight, unused)
+    assert not torch.allclose(model.body[0].weight, used - 0.1 * model.body[0].weight.grad)
+    assert "decoupled" in repr(opt)
+
+
+def test_decoupled_is_not_scaled_with_the_loss_and_not_applied_in_skipped_steps():
+    scaled, bare = build("mlp", torch.float32), build("mlp", torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    make = OPTIMIZERS["sgd"]
+    opt = SNROptimizer(make(scaled.parameters()), scaled, 0.5, decoupled=True, scaler=scaler)
+    for step in range(6):
+        opt.zero_grad()
+        factor = torch.inf if step == 2 else 1.0
+        scaler.scale(scaled(scaled.example).square().mean() * factor).backward()
+        scaler.step(opt)
+        scaler.update()
+    opt = SNROptimizer(make(bare.parameters()), bare, 0.5, decoupled=True)
+    for _ in range(5):
+        steps_of(bare, opt)
+    for p, q in zip(scaled.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_decoupled_needs_a_learning_rate():
+    model = build("mlp")
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    del base.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="expected param groups with a learning rate"):
+        SNROptimizer(base, model, decoupled=True)
+
+
+# --- lambda ---
+
+
+def steps_of(model, opt):
+    opt.zero_grad()
+    model(model.example).square().mean().backward()
+    opt.step()
+
+
+def ramp(step):
+    return 0.1 * step
+
+
+def test_lambda_as_a_function_of_the_step_is_seen_in_the_groups_and_resumes():
+    model = build("mlp")
+    opt = SNROptimizer(OPTIMIZERS["adamw"](model.parameters()), model, ramp)
+    seen = []
+    for _ in range(3):
+        seen.append(opt.param_groups[0]["snr_lambda"])
+        steps_of(model, opt)
+    assert seen == [0.0, 0.1, 0.2]
+    other = build("mlp")
+    resumed = SNROptimizer(OPTIMIZERS["adamw"](other.parameters()), other, ramp)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert resumed.param_groups[0]["snr_lambda"] == pytest.approx(0.3)
+    for m, o in ((model, opt), (other, resumed)):
+        steps_of(m, o)
+    assert distance(model, other) == 0
+
+
+def test_a_chosen_lambda_stands_in_for_that_of_the_group():
+    model = build("mlp")
+    choose = {"body.0.*": {"lambda": 0.0}, "body.2.weight": {"lambda": lambda step: 0.5 * step}}
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    opt = SNROptimizer(base, model, 7.0, choose=choose, exact=True)
+    norms = []
+    for _ in range(2):
+        opt.zero_grad()
+        sum((p * 0).sum() for p in model.parameters()).backward()
+        norms.append([model.body[i].weight.grad.norm().item() for i in (0, 2)])
+        opt.step()
+    sigma = torch.linalg.matrix_norm(model.body[2].weight.detach(), 2).item()
+    assert norms == [[0.0, 0.0], [0.0, pytest.approx(0.5 * sigma, rel=1e-12)]]
+
+
+# --- sizes ---
+
+
+def conv():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten()), 2, 2, 5, 5).double()
+
+
+def test_the_input_size_is_observed_and_a_new_one_starts_afresh():
+    model = conv()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = SNROptimizer(base, model, choose="operator", n_power_iterations=20)
+    for ask in (opt.spectral_norms, lambda: audit(opt)):
+        with pytest.raises(ValueError, match=r"input size of 'body.0.weight' to be known"):
+            ask()
+    for size in ((5, 5), (8, 6), (5, 5)):
+        x = torch.randn(2, 2, *size, dtype=torch.float64)
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            model(torch.randn(1, 2, 11, 11, dtype=torch.float64))  # an evaluation: no gradients
+        layer = nn.Conv2d(2, 3, 3, bias=False)
+        expected = torch.linalg.svdvals(operator(layer, model.body[0].weight.detach(), size))[0]
+        assert opt.spectral_norms()["body.0.weight"] == pytest.approx(expected.item(), rel=1e-6)
+        assert opt.targets[0].view.shape(model.body[0].weight)[1] == 2 * size[0] * size[1]
+        opt.step()
+    opt.remove()
+    assert not model.body[0]._forward_pre_hooks
+
+
+def test_a_run_with_operators_resumes_bitwise_and_copies_watch_for_themselves():
+    model, other = conv(), conv()
+    options = {"choose": "operator", "lambda_": 0.1}
+    opt = SNROptimizer(OPTIMIZERS["adamw"](model.parameters()), model, **options)
+    for _ in range(3):
+        steps_of(model, opt)
+    resumed = SNROptimizer(OPTIMIZERS["adamw"](other.parameters()), other, **options)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    copies = [copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt)))]
+    for m, o in ((model, opt), (other, resumed), *copies):
+        for _ in range(3):
+            steps_of(m, o)
+        assert distance(model, m) == 0
+    ema = copy.deepcopy(model)
+    ema(torch.randn(1, 2, 9, 9, dtype=torch.float64).requires_grad_())
+    assert opt.targets[0].view.size.value == (5, 5)
+
+
+# --- saying it ---
+
+
+def test_what_was_chosen_is_printed():
+    text = " ".join(str(discover(many(), choose=CHOOSE)).split())
+    assert "convolution as operator, on the input of the first forward pass hinge at 0.2" in text
+    assert "2 groups of 2 x 18, the largest norm sigma, lambda 0.02" in text
+    assert "2 groups of 3 x 8, each sigma^2 / 2 of the 2 largest" in text
+    assert "6 heads of 3 x 6, each" in text
+    assert "squared hinge at 0.3 of the 2 largest" in text
+
+
+def test_a_choice_is_the_same_in_every_form():
+    by_name = {"*": "heads"}
+    forms = ["heads", by_name, {"*": {"view": "heads"}}, {"*": Choice(view="heads")}, [by_name]]
+    assert len({str(discover(many(), choose=form)) for form in forms}) == 1
+
+
+def test_later_layers_win_and_patterns_complete_each_other():
+    choose = ["vit", {"attn.*": {"lambda": 0.5}, "attn.qkv.*": "blocks"}, {"head.*": "skip"}]
+    found = discover(many(), choose=choose)
+    by_name = {target.name: target for target in found.targets}
+    assert by_name["attn.qkv.weight"].strength == by_name["attn.proj.weight"].strength == 0.5
+    assert by_name["attn.qkv.weight"].view.shape(by_name["attn.qkv.weight"].parameter) == (3, 6, 6)
+    assert "head.weight" in {skip.name for skip in found.skipped if "chosen" in skip.reason}
+
+
+@pytest.mark.parametrize(
+    ("choose", "error", "message"),
+    [
+        ("head", ValueError, "expected view or family to be one of matrix, blocks, .*'heads'"),
+        ({"*": "oprator"}, ValueError, "expected view of .* nearest: 'operator'"),
+        ({"*": {"veiw": "heads"}}, ValueError, "expected key of .* nearest: 'view'"),
+        ({"*": {"penalty": "hinge"}}, ValueError, "penalty 'hinge' with the target"),
+        ({"*": {"penalty": "sigm"}}, ValueError, "nearest: 'sigma'"),
+        ({"*": {"penalty": {"hinge": -1}}}, ValueError, "target of hinge to be finite and >= 0"),
+        ({"*": {"penalty": {"hinge": "1"}}}, TypeError, "target of hinge to be a number"),
+        ({"*": {"penalty": 3}}, TypeError, "expected penalty to be a Penalty"),
+        ({"*": {"top": 0}}, ValueError, "top of .* to be at least 1, found 0"),
+        ({"*": {"top": 1.5}}, TypeError, "top of .* to be an integer"),
+        ({"*": {"norm": "biggest"}}, ValueError, "expected norm of"),
+        ({"*": {"lambda": -1}}, ValueError, "lambda of .* to be finite and >= 0"),
+        ({"*": {"lambda": lambda step: "x"}}, TypeError, "at step 0 to be a number"),
+        ({"*": {"input_size": "big"}}, TypeError, "input_size of .* to be a sequence of sizes"),
+        ({"*": 7}, TypeError, "expected view of .* or a View, found 7"),
+        (7, TypeError, "expected choose to be a view or family"),
+        ({"nope.*": "heads"}, ValueError, "pattern 'nope.\\*' in choose matches no parameter"),
+        (
+            {"attn.*": "heads", "*.qkv.weight": "blocks"},
+            ValueError,
+            "view of 'attn.qkv.weight' to be 'heads' by 'attn.\\*' and 'blocks' by",
+        ),
+        (
+            {"body.0.weight": {"view": "operator", "input_size": 6}},
+            ValueError,
+            "input_size of 'body.0.weight' to have 2 dimensions",
+        ),
+    ],
+)
+def test_bad_choices_are_refused(choose, error, message):
+    with pytest.raises(error, match=message):
+        discover(many(), choose=choose)
+
+
+def cubic(sigma):
+    return sigma**3 / 3
+
+
+def test_own_penalties():
+    model = build("mlp")
+    choose = {"*.weight": {"penalty": Penalty(cubic, torch.square, "cubic")}}
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    SNROptimizer(base, model, 0.3, choose=choose, exact=True)
+    weight = model.body[0].weight
+    opt = SNROptimizer(base, model, 0.3, choose=choose, exact=True)
+    (weight * 0).sum().backward()
+    [expected] = torch.autograd.grad(0.3 * penalty_of([weight], psi=cubic), weight)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-10, atol=1e-12)
+    assert "cubic" in str(discover(model, choose=choose))
+    opt.remove()
+
+
+@pytest.mark.parametrize(
+    ("derivative", "error"),
+    [(lambda s: 1.0, TypeError), (lambda s: s.sum(), ValueError), (lambda s: s / 0, ValueError)],
+)
+def test_own_penalties_are_tried_before_they_are_used(derivative, error):
+    with pytest.raises(error, match="expected the derivative of penalty 'custom'"):
+        discover(build("mlp"), choose={"*": {"penalty": Penalty(cubic, derivative)}})
+
+
+@pytest.mark.parametrize("penalty", [hinge(0.5), squared_hinge(0.5), around(0.5), around(2.0)])
+def test_a_penalty_and_its_derivative_agree(penalty):
+    sigma = torch.tensor([0.1, 0.4, 0.6, 3.0], dtype=torch.float64, requires_grad=True)
+    [slope] = torch.autograd.grad(penalty.value(sigma).sum(), sigma)
+    torch.testing.assert_close(penalty.derivative(sigma.detach()), slope)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_choices_by_name(family):
+    assert len(discover(many(), choose=family).targets) >= 6
+    assert FAMILIES[family]["*"]["view"] in VIEWS
