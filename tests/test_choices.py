@@ -115,11 +115,12 @@ def test_twenty_steps_equal_the_chosen_penalties_in_the_loss(name):
 
 def test_iteration_finds_what_exact_svd_finds_for_every_view():
     exact, iterated = many(), many()
-    # But for the operator, whose largest singular values nearly coincide: its vectors mix.
+    # But for the operator, whose largest singular values nearly coincide: its vectors mix. And
+    # for three steps, before those of other weights come close to each other.
     choose = {**CHOOSE, "body.0.weight": "matrix"}
-    for model, options in ((exact, {"exact": True}), (iterated, {"n_power_iterations": 30})):
+    for model, options in ((exact, {"exact": True}), (iterated, {"n_power_iterations": 100})):
         base = OPTIMIZERS["sgd"](model.parameters())
-        steps(model, SNROptimizer(base, model, 0.05, choose=choose, **options), 10)
+        steps(model, SNROptimizer(base, model, 0.05, choose=choose, **options), 3)
     assert distance(exact, iterated) <= 1e-6
 
 
