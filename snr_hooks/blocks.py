@@ -55,6 +55,7 @@ class BlockView:
     group = None  # this process holds all of the weight
     version = None
     observes = None
+    is_linear = True
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the blocks, shape ``(blocks, m, n)``; a view where strides allow."""

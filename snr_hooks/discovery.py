@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from snr_hooks._text import dimensions, nearest, table
 from snr_hooks.choices import Choice, Choices, Choose, Strength
+from snr_hooks.effective import EffectiveView, Folded, Parametrized, Standardized, Stored
 from snr_hooks.layouts import CONVOLUTIONS, TRANSPOSED, Heads, Place, maps_in
 from snr_hooks.observation import InputSize
 from snr_hooks.operators import convolution_view
@@ -35,6 +37,9 @@ _LINEAR = (nn.Linear, *CONVOLUTIONS)
 # timm's weight-standardized convolutions, by name because timm is no dependency.
 _STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 
+# torch's parametrizations under which the penalty would be a constant.
+_FIXED = {"_SpectralNorm", "_Orthogonal"}
+
 # timm's convolutions that pad as TensorFlow's SAME does, by the size of the input.
 _SAME = {"Conv2dSame", "Conv2dSameExport", "StdConv2dSame", "ScaledStdConv2dSame"}
 
@@ -45,6 +50,9 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",  # torch.compile
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }
+
+
+Function = Standardized | Parametrized | Folded | Stored
 
 
 class Target(NamedTuple):
@@ -117,11 +125,12 @@ def _rule(target: Target) -> str:
 
 
 class _Owned(NamedTuple):
-    """One place where a model holds a parameter."""
+    """One place where a model holds a parameter, and what forward uses in place of it, if that."""
 
     name: str
     place: Place
     parameter: nn.Parameter
+    function: Function | None = None
 
 
 def discover(
@@ -173,6 +182,8 @@ def discover(
             for owner in owners
             if owner.name != name
         ]
+    found_names = {target.parameter_name for target in targets}
+    skipped = [skip for skip in skipped if skip.name not in found_names]
     position = {name: i for i, name in enumerate(names)}
     skipped.sort(key=lambda skip: position[skip.name])
     return Discovery(tuple(targets), tuple(skipped))
@@ -199,7 +210,7 @@ def linear_maps(model: nn.Module, choose: Choose = None) -> list[Target]:
 
 def _choices(choose: Choose, names: list[str]) -> Choices:
     choices = Choices(choose)
-    choices.check_patterns(names)
+    choices.check_patterns([*names, *map(_effective_name, names)])
     return choices
 
 
@@ -283,10 +294,11 @@ def _joined(path: str, name: str) -> str:
 
 def _as_linear_maps(owners: list[_Owned], choices: Choices) -> tuple[list[Target], str | None]:
     """Return what a parameter is, under its main name, and why it is no linear map."""
-    choice = choices.of([owner.name for owner in owners])
-    reasons = [_not_a_linear_map(owner, choice) for owner in owners]
+    choice = choices.of([name for owner in owners for name in _aliases(owner)])
+    used = [_used(owner, choice) for owner in owners]
+    reasons = [_not_a_linear_map(owner, choice) for owner in used]
     main = reasons.index(None) if None in reasons else 0
-    owner, reason = owners[main], reasons[main]
+    owner, reason = used[main], reasons[main]
     views: Mapping[str, View] = {"": _matrix(owner)}
     if choice.view == "skip":
         reason = "chosen to be skipped"
@@ -294,19 +306,96 @@ def _as_linear_maps(owners: list[_Owned], choices: Choices) -> tuple[list[Target
         views = _views(owner, choice) or views
     if reason is None and is_sharded(owner.parameter):
         views, reason = _sharded(owner, views)
-    targets = [
+    chosen = choice.penalty, choice.top, choice.lambda_
+    if reason is None and owner.function is not None:
+        return _through(owner, views, chosen), None
+    name, _, parameter, _ = owners[main]
+    return [Target(name + part, parameter, v, *chosen, part) for part, v in views.items()], reason
+
+
+_Chosen = tuple[Penalty, int, Strength | None]
+
+
+def _through(owner: _Owned, views: Mapping[str, View], chosen: _Chosen) -> list[Target]:
+    """Return targets for each stored parameter of which forward uses a function."""
+    function = owner.function
+    assert function is not None
+    path = owner.name.removesuffix("weight")
+    sources = {path + name: source for name, source in function.sources().items()}
+    if isinstance(function, Folded) and function.gamma is not None:
+        sources[function.norm_name] = function.gamma
+    with torch.no_grad():
+        size = function().shape
+    return [
         Target(
-            owner.name + part,
-            owner.parameter,
-            view,
-            choice.penalty,
-            choice.top,
-            choice.lambda_,
+            name + part,
+            source,
+            EffectiveView(view, function, source, size, _done_to(function)),
+            *chosen,
             part,
         )
+        for name, source in sources.items()
+        if source.requires_grad or name == next(iter(sources))
         for part, view in views.items()
     ]
-    return targets, reason
+
+
+def _done_to(function: Function) -> str:
+    if isinstance(function, Folded):
+        return f"folded with {function.norm_name.removesuffix('.weight')}"
+    return type(function).__name__.lower()
+
+
+def _aliases(owner: _Owned) -> list[str]:
+    """Return the names that patterns may use: of what is stored, and of what it is used for."""
+    if not isinstance(owner.place.module, ParametrizationList):
+        return [owner.name]
+    return [owner.name, _effective_name(owner.name)]
+
+
+def _effective_name(name: str) -> str:
+    """Return ``0.weight`` for ``0.parametrizations.weight.original``, other names as they are."""
+    path, found, rest = f".{name}".rpartition(".parametrizations.")
+    return _joined(path[1:], rest.rpartition(".")[0]) if found else name
+
+
+def _used(owner: _Owned, choice: Choice) -> _Owned:
+    """Return what forward uses, if it is to be regularized in place of what is stored."""
+    module, attribute, parents = owner.place
+    if choice.weight == "stored":
+        return owner
+    if isinstance(module, ParametrizationList):
+        (_, tensor), (holder, _) = parents[0], parents[1]
+        first = next(iter(dict(module.named_parameters(recurse=False))))
+        if attribute != first or any(type(p).__name__ in _FIXED for p in module):
+            return owner
+        function, place = Parametrized(holder, tensor), Place(holder, tensor, parents[2:])
+        effective = nn.Parameter(function().detach())
+        return _folded(_Owned(_effective_name(owner.name), place, effective, function), choice)
+    if attribute == "weight" and _is_named(module, _STANDARDIZED):
+        return _folded(owner._replace(function=Standardized(module)), choice)
+    return _folded(owner, choice)
+
+
+def _folded(owner: _Owned, choice: Choice) -> _Owned:
+    """Fold the batch norm that follows a convolution, if that is chosen and there is one."""
+    module, attribute, parents = owner.place
+    if choice.weight != "folded" or attribute != "weight" or not parents:
+        return owner
+    if not isinstance(module, CONVOLUTIONS):
+        return owner
+    holder, name = parents[0]
+    siblings = list(holder._modules.items())
+    after = siblings[[sibling for sibling, _ in siblings].index(name) + 1 :]
+    norm_name, norm = after[0] if after else ("", None)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+        return owner
+    if norm.num_features != module.out_channels:
+        return owner
+    path = owner.name.removesuffix("weight").removesuffix(f"{name}.")
+    gamma = f"{path}{norm_name}.weight"
+    weight = owner.function or Stored(module)
+    return owner._replace(function=Folded(weight, module, norm, gamma))
 
 
 def _matrix(owner: _Owned) -> MatrixView:
@@ -343,8 +432,13 @@ def _operator(owner: _Owned, choice: Choice) -> View:
         raise ValueError(
             f"expected input_size of {owner.name!r} to have {n_dimensions} dimensions, found {size}"
         )
-    same = any(base.__name__ in _SAME for base in type(module).__mro__)
+    same = _is_named(module, _SAME)
     return convolution_view(module, InputSize(owner.name, module, size), same=same)
+
+
+def _is_named(module: nn.Module, names: set[str]) -> bool:
+    """Return whether a class of a module has one of some names."""
+    return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def _sharded(owner: _Owned, views: Mapping[str, View]) -> tuple[Mapping[str, View], str | None]:
@@ -365,13 +459,15 @@ def _not_a_linear_map(owner: _Owned, choice: Choice) -> str | None:
     module, attribute, _ = owner.place
     kind, weight = type(module).__name__, owner.parameter
     if isinstance(module, ParametrizationList):
+        if any(type(part).__name__ in _FIXED for part in module):
+            return "parametrized so that its singular values are fixed"
         return "parametrized: forward uses a function of this tensor"
     if choice.view == "matrix" or _views(owner, choice) is None:
         if not isinstance(module, _LINEAR):
             return f"{kind}.{attribute} is not the weight of a Linear or convolution"
         if attribute != "weight":
             return f"{kind}.{attribute} is not 'weight', the matrix that {kind} applies"
-    if any(base.__name__ in _STANDARDIZED for base in type(module).__mro__):
+    if owner.function is None and _is_named(module, _STANDARDIZED):
         return f"{kind} standardizes its weight: forward uses a function of this tensor"
     if weight.is_complex() or not weight.is_floating_point():
         return f"dtype {weight.dtype} is not real floating point"

@@ -67,6 +67,7 @@ class ConvolutionView:
 
     group = None  # this process holds all of the weight
     pooled = False
+    is_linear = True
 
     @property
     def observes(self) -> InputSize | None:

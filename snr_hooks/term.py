@@ -107,19 +107,26 @@ class SpectralTerm:
         """
         due = [t for t in self.targets if self._is_due(t)]
         terms = self.estimator.advance(due)
-        factors = [
-            -learning_rate(self._group(target.parameter) or {})
-            * (self.strength(target) * _slope(target, term.sigma))
-            for target, term in zip(due, terms, strict=True)
-        ]
+        changes = [self._change(*pair) for pair in zip(due, terms, strict=True)]
 
         @torch.no_grad()
         def subtract() -> None:
-            for target, term, factor in zip(due, terms, factors, strict=True):
+            for target, change in zip(due, changes, strict=True):
                 if target.parameter.grad is not None:
-                    term.add(target.parameter, factor)
+                    change(target.parameter)
 
         return subtract
+
+    @torch.no_grad()
+    def _change(self, target: Target, term: Term) -> Callable[[Tensor], None]:
+        """Return a function that subtracts the decoupled term, as it is now, from a weight."""
+        lr = learning_rate(self._group(target.parameter) or {})
+        factor = -lr * (self.strength(target) * _slope(target, term.sigma))
+        if target.view.is_linear:
+            return lambda weight: term.add(weight, factor)
+        change = torch.zeros_like(target.parameter)  # by then it would depend on other weights
+        term.add(change, factor)
+        return partial(_add_, change)
 
     def _direction(self, parameter: Tensor) -> float:
         """Return -1 for a group that maximizes, whose optimizer ascends along gradients.
@@ -163,6 +170,10 @@ class SpectralTerm:
             )
         # The public way to read the scale without a host synchronization.
         return scaler.scale(torch.ones((), device=device))
+
+
+def _add_(change: Tensor, weight: Tensor) -> None:
+    weight.add_(change)
 
 
 def _slope(target: Target, sigma: float | Tensor) -> float | Tensor:

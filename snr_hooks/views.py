@@ -60,6 +60,10 @@ class View(Protocol):
     def observes(self) -> InputSize | None:
         """The size of an input that forward passes are to be watched for, if any."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the map is linear in the weight: then its gradients do not depend on it."""
+
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the map as a matrix, shape ``(m, n)``; blocks as ``(blocks, m, n)``."""
 
@@ -92,6 +96,7 @@ class MatrixView:
     group = None  # this process holds all of the weight
     version = None
     observes = None
+    is_linear = True
     pooled = False
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -228,6 +233,7 @@ class ShardedView:
 
     version = None
     observes = None
+    is_linear = True
     pooled = False
 
     @property

@@ -23,9 +23,11 @@ ALLOWED = {
     "operators": {"_text", "observation", "products", "views"},
     "choices": {"_text", "penalties", "views"},
     "layouts": {"_text", "blocks"},
+    "effective": {"products", "views"},
     "discovery": {
         "_text",
         "choices",
+        "effective",
         "layouts",
         "observation",
         "operators",

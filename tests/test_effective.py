@@ -1,0 +1,200 @@
+"""Weights of which forward uses a function, against the same penalty in the loss."""
+
+import copy
+
+import pytest
+import torch
+from _models import Net, build
+from _oracles import as_matrix, penalty_of
+from timm.layers import ScaledStdConv2d, StdConv2d
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from snr_hooks import SNROptimizer, audit, discover
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight + 0.5 * weight.tanh()
+
+
+def standardized():
+    return Net(
+        nn.Sequential(StdConv2d(2, 4, 3, padding=0), nn.Tanh(), nn.Flatten(), nn.Linear(36, 2)),
+        3,
+        2,
+        5,
+        5,
+    )
+
+
+def scaled():
+    body = nn.Sequential(
+        ScaledStdConv2d(2, 4, 3, groups=2, padding=0), nn.Tanh(), nn.Flatten(), nn.Linear(36, 2)
+    )
+    return Net(body, 3, 2, 5, 5)
+
+
+def weight_norm():
+    body = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 2))
+    return Net(body, 4, 6)
+
+
+def own():
+    layer = nn.Conv2d(2, 3, 2)
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    return Net(nn.Sequential(layer, nn.Flatten(), nn.Linear(48, 2)), 3, 2, 5, 5)
+
+
+def normed():
+    body = nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ConvTranspose2d(4, 6, 2, groups=2),
+        nn.BatchNorm2d(6),
+        nn.Flatten(),
+        nn.Linear(96, 2),
+    )
+    return Net(body, 3, 2, 5, 5)
+
+
+def standard(layer):
+    rows = layer.weight.flatten(1)
+    variance = rows.var(1, correction=0, keepdim=True)
+    normal = (rows - rows.mean(1, keepdim=True)) / (variance + layer.eps).sqrt()
+    if hasattr(layer, "gain"):
+        normal = normal * layer.gain.flatten(1) * layer.scale
+    return normal
+
+
+def first(model):
+    return model.body[0]
+
+
+def folded(layer, norm):
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    if not layer.transposed:
+        return [as_matrix(layer.weight * scale.view(-1, 1, 1, 1))]
+    chunks = zip(layer.weight.chunk(2), scale.chunk(2), strict=True)
+    return [as_matrix(w * s.view(1, -1, 1, 1), transposed=True) for w, s in chunks]
+
+
+# The model, its choice, and the matrices of its first layers as forward uses them.
+CASES = {
+    "standardized": (standardized, "effective", lambda m: [[standard(first(m))]]),
+    "scaled, in groups": (scaled, "effective", lambda m: [standard(first(m)).chunk(2)]),
+    "weight norm": (weight_norm, "effective", lambda m: [[first(m).weight]]),
+    "of one's own": (own, "effective", lambda m: [[as_matrix(first(m).weight)]]),
+    "batch norm": (
+        normed,
+        "folded",
+        lambda m: [folded(m.body[0], m.body[1]), folded(m.body[2], m.body[3])],
+    ),
+}
+
+
+def made(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CASES[name][0]().double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.rand(len(module.weight), generator=generator) + 0.5)
+                module.running_var.copy_(torch.rand(len(module.weight), generator=generator) + 0.5)
+    return model
+
+
+def train(model, optimizer, n, penalty=None):
+    for step in range(n):
+        optimizer.zero_grad()
+        loss = (model(model.example) - 0.1 * step).square().mean()
+        if penalty is not None:
+            loss = loss + penalty(model)
+        loss.backward()
+        optimizer.step()
+
+
+def distance(a, b):
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max((p - q).abs().max().item() for p, q in pairs)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_equal_the_penalty_of_the_effective_weight_in_the_loss(name, decoupled):
+    _, weight, matrices = CASES[name]
+    wrapped = made(name)
+    if isinstance(wrapped.body[1], nn.BatchNorm2d):
+        wrapped.eval()  # so that the running variances are the same in both penalties
+    reference, plain = copy.deepcopy(wrapped), copy.deepcopy(wrapped)
+    choose = {"*": {"view": "blocks", "weight": weight}}
+    sgd = lambda m: torch.optim.SGD(m.parameters(), lr=0.03)  # noqa: E731
+    opt = SNROptimizer(sgd(wrapped), wrapped, 0.05, choose=choose, exact=True, decoupled=decoupled)
+    last = [module for module in reference.modules() if isinstance(module, nn.Linear)][-1]
+
+    def penalty(model):
+        pooled = [penalty_of(blocks, pooled=True) for blocks in matrices(model)]
+        return 0.05 * (sum(pooled) + penalty_of([last.weight]))
+
+    train(wrapped, opt, 10)
+    train(reference, sgd(reference), 10, penalty)
+    train(plain, sgd(plain), 10)
+    assert distance(wrapped, reference) <= 1e-12  # for SGD without momentum decoupled is the same
+    assert distance(wrapped, plain) > 1e-4
+
+
+def test_every_stored_parameter_is_a_target_and_none_is_also_skipped():
+    found = discover(
+        made("scaled, in groups"), choose={"*": {"view": "blocks", "weight": "effective"}}
+    )
+    assert [t.name for t in found.targets] == ["body.0.weight", "body.0.gain", "body.3.weight"]
+    assert not found.skipped
+    text = " ".join(str(found).split())
+    assert "2 groups of 2 x 9, the largest norm, standardized" in text
+    found = discover(made("batch norm"), choose={"*": {"weight": "folded"}})
+    names = ["body.0.weight", "body.1.weight", "body.2.weight", "body.3.weight", "body.5.weight"]
+    assert [t.name for t in found.targets] == names
+    assert "folded with body.1" in str(found)
+    found = discover(made("weight norm"), choose={"body.0.weight": {"weight": "effective"}})
+    path = "body.0.parametrizations.weight"
+    assert [t.name for t in found.targets] == [
+        f"{path}.original0",
+        f"{path}.original1",
+        "body.2.weight",
+    ]
+
+
+def test_stored_weights_stay_skipped_by_default_and_fixed_ones_always():
+    assert "standardizes" in discover(made("standardized")).skipped[0].reason
+    model = build("with_parametrizations")
+    reasons = dict(discover(model, choose={"*": {"weight": "effective"}}).skipped)
+    assert reasons == {
+        "body.2.parametrizations.weight.original": (
+            "parametrized so that its singular values are fixed"
+        )
+    }
+
+
+def test_iteration_audit_and_copies_of_an_effective_weight():
+    model = made("standardized")
+    choose = {"*": {"weight": "effective"}}
+    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    opt = SNROptimizer(base, model, 0.1, choose=choose, n_power_iterations=40)
+    train(model, opt, 3)
+    exact = torch.linalg.matrix_norm(standard(first(model)).detach(), 2).item()
+    assert audit(opt).rows[0].sigma == pytest.approx(exact, rel=1e-12)
+    assert audit(opt).rows[0].estimate == pytest.approx(exact, rel=1e-6)
+    copied, copied_opt = copy.deepcopy((model, opt))
+    for m, o in ((model, opt), (copied, copied_opt)):
+        train(m, o, 3)
+    assert distance(model, copied) == 0
+    assert distance(model, made("standardized")) > 0
+
+
+def test_a_parametrization_is_left_in_the_state_it_was_in():
+    model = made("of one's own")
+    model.train()
+    discover(model, choose={"*": {"weight": "effective"}})
+    assert all(module.training for module in model.modules())
