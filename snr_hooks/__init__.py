@@ -6,11 +6,22 @@ of (lambda / 2) * sum of sigma_1^2, with the loss untouched. ``discover`` tells 
 those are and why others are not; ``audit`` compares the estimated with the exact norms, and
 ``spectra`` returns all singular values. ``choose``, an argument of all four, says weight by
 weight what is penalized: groups, heads, convolutions as operators, other functions of sigma.
+``compare`` puts two checkpoints side by side, ``lipschitz`` bounds a sequence of layers.
 """
 
 from snr_hooks.choices import FAMILIES, VIEWS, Choice
-from snr_hooks.diagnostics import Audit, AuditRow, audit, spectra
+from snr_hooks.diagnostics import (
+    Audit,
+    AuditRow,
+    Comparison,
+    ComparisonRow,
+    audit,
+    compare,
+    spectra,
+    stable_rank,
+)
 from snr_hooks.discovery import Discovery, Skipped, Target, discover
+from snr_hooks.lipschitz import Lipschitz, lipschitz
 from snr_hooks.optimizer import SNROptimizer
 from snr_hooks.penalties import HALF_SQUARE, SIGMA, Penalty, around, hinge, squared_hinge
 
@@ -22,15 +33,21 @@ __all__ = [
     "Audit",
     "AuditRow",
     "Choice",
+    "Comparison",
+    "ComparisonRow",
     "Discovery",
+    "Lipschitz",
     "Penalty",
     "SNROptimizer",
     "Skipped",
     "Target",
     "around",
     "audit",
+    "compare",
     "discover",
     "hinge",
+    "lipschitz",
     "spectra",
     "squared_hinge",
+    "stable_rank",
 ]

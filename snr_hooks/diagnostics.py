@@ -1,8 +1,10 @@
 """Read-only diagnostics: exact singular values, and how far estimates are from them.
 
 Everything here works on a plain model as well as on an ``SNROptimizer``, costs an SVD a
-weight, and changes nothing. All norms are of the weight as a matrix (see ``views``), not of
-a convolution as an operator on images.
+weight, and changes nothing. Which norm is meant is said beside every number: of the weight as
+a matrix unless ``choose``, or what was chosen for the optimizer, says otherwise. The operator
+of a convolution is too large for an SVD but on small images; its largest singular value then
+comes from iterating until it does not grow any more.
 """
 
 import math
@@ -14,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from snr_hooks._text import dimensions, table
+from snr_hooks.choices import Choose
 from snr_hooks.discovery import Target, linear_maps
+from snr_hooks.estimators import SubspaceIteration
+
+_LARGEST_MATRIX = 2**24
+"""Entries of a matrix up to which an operator is written out for its SVD."""
 
 
 @runtime_checkable
@@ -37,10 +44,12 @@ class AuditRow(NamedTuple):
         shape: Its shape.
         view: How it is seen as a matrix.
         estimate: The optimizer's estimate of sigma_1; None for a plain model.
-        sigma: Exact sigma_1 of the matrix by SVD in float64; NaN for a weight that is
-            not finite.
+        sigma: Exact sigma_1, the largest of all blocks, by SVD in float64; NaN for a weight
+            that is not finite.
         error: (sigma - estimate) / sigma, not negative but for rounding; 0 for a zero
             matrix, None without an estimate.
+        stable_rank: The squared Frobenius norm over the squared sigma, of all blocks together;
+            None for an operator that is not written out.
     """
 
     name: str
@@ -49,6 +58,7 @@ class AuditRow(NamedTuple):
     estimate: float | None
     sigma: float
     error: float | None
+    stable_rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,15 @@ class Audit:
 
     def __str__(self) -> str:
         """Return the rows as a table in plain text."""
-        header = ("parameter", "shape", "seen as", "estimate", "sigma_1 (matrix)", "rel. error")
+        header = (
+            "parameter",
+            "shape",
+            "seen as",
+            "estimate",
+            "sigma_1",
+            "rel. error",
+            "stable rank",
+        )
         cells = [
             (
                 row.name,
@@ -76,28 +94,32 @@ class Audit:
                 "-" if row.estimate is None else f"{row.estimate:.5g}",
                 f"{row.sigma:.5g}",
                 "-" if row.error is None else f"{row.error:.1e}",
+                "-" if row.stable_rank is None else f"{row.stable_rank:.1f}",
             )
             for row in self.rows
         ]
         return table(header, cells)
 
 
-def audit(model_or_optimizer: nn.Module | Regularized) -> Audit:
+def audit(model_or_optimizer: nn.Module | Regularized, choose: Choose = None) -> Audit:
     """Compare each weight's estimated with its exact spectral norm.
 
     Args:
         model_or_optimizer: An ``SNROptimizer``, to check its estimates; or a model, to
             see the norms of all its linear maps, frozen ones included.
+        choose: How the weights of a model are seen; those of an optimizer are seen as it
+            sees them.
 
     Returns:
         A row a weight; ``print`` shows a table.
 
     Raises:
         TypeError: The argument is neither.
+        ValueError: ``choose`` does not fit, or an operator's input size is not known.
     """
     estimates: Mapping[str, float] = {}
     if isinstance(model_or_optimizer, nn.Module):
-        targets = tuple(linear_maps(model_or_optimizer))
+        targets = tuple(linear_maps(model_or_optimizer, choose))
     elif isinstance(model_or_optimizer, Regularized):
         targets = model_or_optimizer.targets
         estimates = model_or_optimizer.spectral_norms()
@@ -109,31 +131,161 @@ def audit(model_or_optimizer: nn.Module | Regularized) -> Audit:
     return Audit(tuple(_row(target, estimates.get(target.name)) for target in targets))
 
 
-def spectra(model: nn.Module) -> dict[str, Tensor]:
+def spectra(model: nn.Module, choose: Choose = None) -> dict[str, Tensor]:
     """Compute all singular values of each linear map of a model, frozen ones included.
 
     Args:
         model: Any module with values.
+        choose: How its weights are seen. The singular values of blocks come together.
 
     Returns:
-        By parameter name, the singular values of its matrix in float64 on the CPU, in
-        descending order; NaN for a weight that is not finite.
+        By parameter name, the singular values in float64 on the CPU, in descending order; NaN
+        for a weight that is not finite.
+
+    Raises:
+        ValueError: ``choose`` does not fit, an operator's input size is not known, or it has
+            too many entries to be written out.
     """
-    return {target.name: _singular_values(target) for target in linear_maps(model)}
+    return {target.name: _singular_values(target) for target in linear_maps(model, choose)}
+
+
+def stable_rank(singular_values: Tensor) -> float:
+    """Return the sum of squares over the largest square, at most the rank; 0 for a zero matrix.
+
+    Args:
+        singular_values: Shape ``(n,)``.
+
+    Returns:
+        The stable rank (Rudelson and Vershynin 2007, section 1).
+    """
+    squares = singular_values.double().square()
+    return float(squares.sum() / squares.max()) if squares.max() > 0 else 0.0
+
+
+class ComparisonRow(NamedTuple):
+    """One weight of two models.
+
+    Attributes:
+        name: Name of the parameter.
+        view: How it is seen.
+        before: sigma_1 in the first model.
+        after: sigma_1 in the second.
+        rank_before: Stable rank in the first model, None where ``AuditRow`` has none.
+        rank_after: Stable rank in the second.
+    """
+
+    name: str
+    view: str
+    before: float
+    after: float
+    rank_before: float | None
+    rank_after: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison; iterable, and printable as a table."""
+
+    rows: tuple[ComparisonRow, ...]
+
+    def __iter__(self) -> Iterator[ComparisonRow]:
+        """Iterate over the rows in the first model's order."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """Return the number of weights."""
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        """Return the rows as a table in plain text."""
+        header = ("parameter", "seen as", "sigma_1", "then", "ratio", "stable rank", "then")
+        cells = [
+            (
+                row.name,
+                row.view,
+                f"{row.before:.5g}",
+                f"{row.after:.5g}",
+                f"{row.after / row.before:.3f}" if row.before else "-",
+                "-" if row.rank_before is None else f"{row.rank_before:.1f}",
+                "-" if row.rank_after is None else f"{row.rank_after:.1f}",
+            )
+            for row in self.rows
+        ]
+        return table(header, cells)
+
+
+def compare(before: nn.Module, after: nn.Module, choose: Choose = None) -> Comparison:
+    """Compare the spectral norms and stable ranks of two checkpoints of one model.
+
+    Args:
+        before: A model with the values of the first.
+        after: One with those of the second.
+        choose: How their weights are seen.
+
+    Returns:
+        A row a weight; ``print`` shows a table.
+
+    Raises:
+        ValueError: The models do not have the same weights, or ``choose`` does not fit.
+    """
+    first, second = audit(before, choose), {row.name: row for row in audit(after, choose)}
+    if [row.name for row in first] != list(second):
+        other = {row.name for row in first} ^ second.keys()
+        raise ValueError(
+            "expected two models with the same weights, found "
+            f"{', '.join(sorted(other)[:3]) or 'another order'} in one of them only: build "
+            "both by the same call, and load a checkpoint into each"
+        )
+    return Comparison(
+        tuple(
+            ComparisonRow(
+                row.name,
+                row.view,
+                row.sigma,
+                second[row.name].sigma,
+                row.stable_rank,
+                second[row.name].stable_rank,
+            )
+            for row in first
+        )
+    )
 
 
 def _row(target: Target, estimate: float | None) -> AuditRow:
-    sigma = float(_singular_values(target)[0])
+    weight, view = target.parameter, target.view.describe(target.parameter)
+    if _is_written_out(target):
+        values = _singular_values(target)
+        sigma, rank = float(values[0]), stable_rank(values)
+    else:
+        sigma, rank = _converged(target), None
     error = None
     if estimate is not None:
         error = 0.0 if estimate == sigma else (sigma - estimate) / sigma if sigma else math.inf
-    weight, view = target.parameter, target.view.describe(target.parameter)
-    return AuditRow(target.name, tuple(weight.shape), view, estimate, sigma, error)
+    return AuditRow(target.name, tuple(weight.shape), view, estimate, sigma, error, rank)
+
+
+def _is_written_out(target: Target) -> bool:
+    """Whether the matrix is not much larger than the weight, or small."""
+    entries = math.prod(target.view.shape(target.parameter))
+    return entries <= max(4 * target.parameter.numel(), _LARGEST_MATRIX)
 
 
 def _singular_values(target: Target) -> Tensor:
     matrix = target.view.matrix(target.parameter.detach()).to("cpu", torch.float64)
+    *batch, m, n = matrix.shape
     if not matrix.isfinite().all():
-        return torch.full((min(matrix.shape),), torch.nan, dtype=torch.float64)
-    values: Tensor = torch.linalg.svdvals(matrix)
+        return torch.full((math.prod(batch) * min(m, n),), torch.nan, dtype=torch.float64)
+    values: Tensor = torch.linalg.svdvals(matrix).flatten().sort(descending=True).values
     return values
+
+
+def _converged(target: Target, tolerance: float = 1e-7) -> float:
+    """Return the largest singular value of an operator, iterated until it stops growing."""
+    iteration = SubspaceIteration(n_products=20, n_vectors=8, seed=0)
+    sigma, last = 0.0, -1.0
+    for _ in range(500):
+        if not sigma - last > tolerance * sigma:  # also where it is not a number
+            break
+        (term,) = iteration.advance([target])
+        last, sigma = sigma, float(torch.as_tensor(term.sigma, dtype=torch.float64).max())
+    return sigma

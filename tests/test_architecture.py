@@ -40,8 +40,9 @@ ALLOWED = {
     "checks": {"choices", "discovery", "sharding"},
     "term": {"checks", "choices", "discovery", "estimators", "penalties", "sharding"},
     "optimizer": {"checks", "choices", "discovery", "estimators", "hooks", "sharding", "term"},
-    "diagnostics": {"_text", "discovery"},
-    "__init__": {"choices", "diagnostics", "discovery", "optimizer", "penalties"},
+    "diagnostics": {"_text", "choices", "discovery", "estimators"},
+    "lipschitz": {"diagnostics"},
+    "__init__": {"choices", "diagnostics", "discovery", "lipschitz", "optimizer", "penalties"},
 }
 
 

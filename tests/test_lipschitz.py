@@ -1,0 +1,130 @@
+"""Bounds of Lipschitz constants, and comparisons of checkpoints."""
+
+import copy
+import math
+
+import pytest
+import torch
+from _models import build
+from test_choices import many
+from torch import nn
+
+from snr_hooks import audit, compare, lipschitz, spectra, stable_rank
+from snr_hooks.lipschitz import _SLOPES
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, bias=False),
+            nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.1), nn.MaxPool2d(2)),
+            nn.Dropout(0.5),
+            nn.Flatten(),
+            nn.Linear(36, 5),
+        ).double()
+        model(torch.randn(8, 2, 6, 6).double())  # running statistics
+    return model
+
+
+def inputs(n=6):
+    return torch.randn(n, 2, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_the_bounds_hold_and_the_lower_one_is_the_largest_jacobian():
+    model = network()
+    found = lipschitz(model, inputs())
+    assert model.training
+    model.eval()
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda x: model(x[None])[0], x).flatten(1)
+        for x in inputs()
+    ]
+    expected = max(torch.linalg.matrix_norm(jacobian, 2).item() for jacobian in jacobians)
+    assert found.lower == pytest.approx(expected, rel=1e-3)
+    assert found.lower <= expected * (1 + 1e-9)
+    assert found.lower < found.upper
+    assert found.upper == pytest.approx(math.prod(found.layers.values()))
+    assert list(found.layers) == ["0", "1.0", "1.1", "1.2", "2", "3", "4"]
+    x, y = inputs(64).chunk(2)
+    ratios = (model(x) - model(y)).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+    assert ratios.max() <= found.upper
+    norm = torch.linalg.svdvals(
+        torch.stack(
+            [model[0](image).flatten() for image in torch.eye(72).double().view(72, 2, 6, 6)]
+        )
+    )[0]
+    assert found.layers["0"] == pytest.approx(norm.item(), rel=1e-9)
+
+
+def test_a_linear_network_has_one_constant():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity()).double()
+    found = lipschitz(model, torch.randn(1, 4).double(), n_iterations=500)
+    assert found.lower == pytest.approx(found.upper, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", _SLOPES)
+def test_slopes_of_activations(kind):
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64, requires_grad=True)
+    x = x[:, None] if kind is nn.Flatten else x
+    [slopes] = torch.autograd.grad(kind()(x).sum(), x)
+    assert slopes.abs().max() <= _SLOPES[kind] <= slopes.abs().max() * 1.01 + 1e-12
+
+
+def test_unknown_layers_and_models_that_are_no_sequences_are_refused():
+    with pytest.raises(TypeError, match=r"found '1' of type AvgPool2d: pass a part"):
+        lipschitz(nn.Sequential(nn.Identity(), nn.AvgPool2d(2)), torch.randn(1, 2, 4, 4))
+    with pytest.raises(TypeError, match="found '0' of type MaxPool2d"):
+        lipschitz(nn.Sequential(nn.MaxPool2d(3, 2)), torch.randn(1, 2, 5, 5))
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Sequential, found Linear"):
+        lipschitz(nn.Linear(2, 2), torch.randn(1, 2))
+
+
+# --- reading checkpoints ---
+
+
+def test_two_checkpoints_side_by_side():
+    before, after = build("convolutions"), build("convolutions")
+    with torch.no_grad():
+        after.body[0].weight.mul_(3)
+    rows = {row.name: row for row in compare(before, after)}
+    assert rows["body.0.weight"].after == pytest.approx(3 * rows["body.0.weight"].before)
+    assert rows["body.2.weight"].after == rows["body.2.weight"].before
+    values = spectra(before)["body.0.weight"]
+    expected = (values.square().sum() / values[0].square()).item()
+    assert rows["body.0.weight"].rank_before == pytest.approx(expected)
+    text = str(compare(before, after, "blocks"))
+    assert "3.000" in text
+    assert "2 groups of 3 x 27, the largest norm" in text
+    with pytest.raises(ValueError, match="expected two models with the same weights"):
+        compare(before, build("mlp"))
+
+
+def test_stable_rank():
+    assert stable_rank(torch.tensor([2.0, 2.0, 0.0])) == 2
+    assert stable_rank(torch.zeros(3)) == 0
+
+
+def test_audit_and_spectra_cover_every_view():
+    model = many()
+    choose = ["heads", {"body.0.weight": {"view": "operator", "input_size": (6, 6)}}]
+    values = spectra(model, choose)
+    for row in audit(model, choose):
+        assert row.sigma == pytest.approx(values[row.name][0].item(), rel=1e-12)
+        assert row.stable_rank == pytest.approx(stable_rank(values[row.name]))
+    assert len(values["attn.qkv.weight"]) == 6 * 3
+
+
+def test_an_operator_too_large_for_an_svd_is_iterated_until_it_converges(monkeypatch):
+    layer = nn.Conv2d(2, 3, 3, padding=1).double()
+    choose = {"weight": {"view": "operator", "input_size": (9, 8)}}
+    [exact] = audit(layer, choose)
+    monkeypatch.setattr("snr_hooks.diagnostics._LARGEST_MATRIX", 0)
+    [iterated] = audit(layer, choose)
+    assert iterated.sigma == pytest.approx(exact.sigma, rel=1e-6)
+    assert iterated.sigma <= exact.sigma
+    assert iterated.stable_rank is None
+    broken = copy.deepcopy(layer)
+    with torch.no_grad():
+        broken.weight[0, 0, 0, 0] = torch.nan
+    assert math.isnan(audit(broken, choose).rows[0].sigma)
