@@ -111,7 +111,7 @@ def hooked_step(optimizer: SNROptimizer) -> Callable[[], None]:
     It calls the hooks that backward would call, in the same order, and steps. What is left out
     is autograd's own time to call a Python function.
     """
-    parameters = [target.parameter for target in reversed(optimizer.targets)]
+    parameters = _parameters(optimizer)[::-1]
     before = [list((p._backward_hooks or {}).values()) for p in parameters]
     after = [list((p._post_accumulate_grad_hooks or {}).values()) for p in parameters]
 
@@ -128,10 +128,15 @@ def hooked_step(optimizer: SNROptimizer) -> Callable[[], None]:
     return step
 
 
+def _parameters(optimizer: SNROptimizer) -> list[nn.Parameter]:
+    """Return the regularized parameters, each once, also if it is several targets."""
+    return list({id(target.parameter): target.parameter for target in optimizer.targets}.values())
+
+
 def weight_decay(optimizer: SNROptimizer) -> Callable[[], None]:
     """Return a function that adds weight decay to the same gradients."""
-    weights = [target.parameter.detach() for target in optimizer.targets]
-    grads = [p.grad for p in (t.parameter for t in optimizer.targets) if p.grad is not None]
+    weights = [parameter.detach() for parameter in _parameters(optimizer)]
+    grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
     return lambda: torch._foreach_add_(grads, weights, alpha=STRENGTH)
 
 

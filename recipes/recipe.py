@@ -52,6 +52,8 @@ class Recipe:
     opt_kwargs: dict[str, Any] = _entry({}, "more for timm.optim.create_optimizer_v2")
 
     snr_lambda: float = _entry(0.01, "strength of the spectral penalty; 0 switches it off")
+    choose: Any = _entry(None, "view or family by name, or choices by pattern, as YAML")
+    decoupled: bool = _entry(False, "subtract the term at the step, not through the gradient")
     snr_kwargs: dict[str, Any] = _entry({}, "more for snr_hooks.SNROptimizer")
 
     sched: str = _entry("cosine", "name of a timm schedule, stepped at every update")
@@ -172,9 +174,19 @@ def _option(entry: dataclasses.Field[Any]) -> dict[str, Any]:
     kind, description = _kind(entry), {"help": entry.metadata["help"]}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction} | description
+    if kind is Any:
+        return {"type": _yaml, "metavar": "YAML"} | description
     if kind is dict:
         return {"nargs": "*", "action": _KeyValues, "metavar": "KEY=VALUE"} | description
     return {"type": kind, "metavar": kind.__name__.upper()} | description
+
+
+def _yaml(text: str) -> Any:
+    """Read one value of the command line as YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"expected YAML, found {text!r}: {error}") from error
 
 
 class _KeyValues(timm.utils.ParseKwargs):  # type: ignore[misc]
@@ -192,8 +204,8 @@ class _KeyValues(timm.utils.ParseKwargs):  # type: ignore[misc]
 def _typed(entry: dataclasses.Field[Any], value: Any, path: Path) -> Any:
     """Convert an entry of a YAML file; YAML reads 1e-3, for one, as a string."""
     kind = _kind(entry)
-    if value is None and entry.default is None:
-        return None
+    if kind is Any or (value is None and entry.default is None):
+        return value
     try:
         if kind in (bool, dict) and not isinstance(value, kind):
             raise TypeError

@@ -203,3 +203,25 @@ def draw_bench(path: Path, bench: Mapping[str, Any]) -> None:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_norms(path: Path, rows: Sequence[Mapping[str, Any]], model: str) -> None:
+    """Draw the norms of convolutions as operators and as flattened kernels.
+
+    Args:
+        path: The PNG to write.
+        rows: Layers with ``name``, ``operator`` and ``matrix``.
+        model: The name of the model.
+    """
+    figure, axis = plt.subplots(figsize=(11, 4.5), layout="constrained")
+    places = range(len(rows))
+    axis.plot(places, [row["operator"] for row in rows], "C3o", label="operator on images")
+    axis.plot(places, [row["matrix"] for row in rows], "C0s", label="flattened kernel", ms=4)
+    axis.set_xticks(places, [row["name"] for row in rows], rotation=90, fontsize=6)
+    axis.set_ylabel("largest singular value")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    axis.set_title(f"convolutions of {model}: two norms of the same weights")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

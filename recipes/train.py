@@ -34,7 +34,7 @@ from recipes import report
 from recipes.data import Loaders, create_datasets, create_loaders
 from recipes.processes import Processes, load_sharded, started, whole
 from recipes.recipe import Recipe, RecipeError, parse
-from snr_hooks import SNROptimizer, spectra
+from snr_hooks import SNROptimizer, audit, spectra
 
 CHECKPOINT = "last.pth.tar"
 
@@ -160,8 +160,15 @@ def build(recipe: Recipe, processes: Processes | None = None) -> Training:
             weight_decay=recipe.weight_decay,
             **recipe.opt_kwargs,
         )
-    with _explained("snr_lambda or snr_kwargs"):
-        optimizer = SNROptimizer(base, model, recipe.snr_lambda, **recipe.snr_kwargs)
+    with _explained("snr_lambda, choose, decoupled or snr_kwargs"):
+        optimizer = SNROptimizer(
+            base,
+            model,
+            recipe.snr_lambda,
+            choose=recipe.choose,
+            decoupled=recipe.decoupled,
+            **recipe.snr_kwargs,
+        )
     with _explained("sched or sched_kwargs"):
         scheduler, _ = timm.scheduler.create_scheduler_v2(
             optimizer,
@@ -375,7 +382,10 @@ def _write_report(
     output: Path,
 ) -> None:
     end = spectra(training.model)
-    text = report.audit_table(start, end, training.optimizer.spectral_norms())
+    if recipe.choose is None:
+        text = report.audit_table(start, end, training.optimizer.spectral_norms())
+    else:  # other norms than those of the start, which are the matrices'
+        text = str(audit(training.optimizer))
     if not training.processes.is_primary:
         return
     (output / "audit.txt").write_text(text + "\n")

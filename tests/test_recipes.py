@@ -113,6 +113,48 @@ def test_the_same_recipe_runs_on_other_models():
         assert len(rows(model)) == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "choose", "seen"),
+    [
+        ("test_vit", "vit", "heads of"),
+        ("mobilenetv3_small_050", "mobile", "groups of"),
+        ("test_resnet", {"conv1.0.weight": {"view": "operator", "penalty": "sigma"}}, "operator"),
+    ],
+)
+def test_what_is_chosen_is_trained_audited_and_resumed(model, choose, seen):
+    options = {"model": model, "choose": choose, "transform_kwargs": {}, "decoupled": True}
+    run(toy(**options), Path("whole"))
+    assert seen in Path("whole/audit.txt").read_text()
+    with pytest.raises(KeyboardInterrupt):
+        run_until(1, toy(**options), Path("killed"))
+    run(toy(**options), Path("killed"))
+    assert_same_weights("whole", "killed")
+
+
+def run_until(epoch, recipe, output):
+    """Run a recipe and interrupt it after some epochs."""
+    write = report.write_csv
+
+    def interrupt(path, history):
+        write(path, history)
+        if len(history) == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_csv", interrupt)
+        run(recipe, output)
+
+
+def test_choices_on_the_command_line_are_yaml(capsys):
+    recipe, _ = parse(["digits", "--choose", "vit", "--decoupled"])
+    assert (recipe.choose, recipe.decoupled) == ("vit", True)
+    recipe, _ = parse(["digits", "--choose", "{'*.weight': {view: heads, penalty: {hinge: 1}}}"])
+    assert recipe.choose == {"*.weight": {"view": "heads", "penalty": {"hinge": 1}}}
+    with pytest.raises(SystemExit):
+        parse(["digits", "--choose", "{"])
+    assert "argument --choose: expected YAML, found '{'" in capsys.readouterr().err
+
+
 def test_pretrained_weights_are_passed_to_timm():
     donor = build(toy(seed=5)).model.state_dict()
     torch.save(donor, "donor.pth")
@@ -290,8 +332,10 @@ def test_a_run_from_a_recipe_file_that_the_run_itself_wrote():
         ({"data": "folders:x"}, "unknown kind of data 'folders'; nearest: folder"),
         ({"data": "folder:x"}, r"expected 'x' to hold train/ and test/ .* found no x/train"),
         ({"data": "cifar10"}, "expected cifar10 in the folder 'data'.*--download"),
-        ({"snr_lambda": -1.0}, "refused snr_lambda or snr_kwargs: expected lambda_ to be finite"),
-        ({"snr_kwargs": {"inclde": "fc"}}, "refused snr_lambda or snr_kwargs.*inclde"),
+        ({"snr_lambda": -1.0}, "decoupled or snr_kwargs: expected lambda_ to be finite"),
+        ({"snr_kwargs": {"inclde": "fc"}}, "refused snr_lambda, choose, decoupled.*inclde"),
+        ({"choose": "vitt"}, "refused snr_lambda, choose, decoupled.*nearest: 'vit'"),
+        ({"choose": {"fv.*": "heads"}}, "pattern 'fv.*' in choose matches no parameter"),
         ({"snr_kwargs": {"include": "fv.*"}}, "'fv.*' matches no parameter.*nearest"),
         ({"opt_kwargs": {"nonsense": 1}}, "refused opt, lr, momentum, weight_decay or opt_kwargs"),
         ({"sched": "cosin"}, "refused sched or sched_kwargs: Unknown scheduler 'cosin'"),
