@@ -9,6 +9,7 @@ operators compare with those of their flattened kernels.
 import argparse
 import copy
 import json
+import math
 import platform
 import re
 import time
@@ -63,17 +64,20 @@ def coverage(models: Sequence[str]) -> dict[str, Any]:
 
 
 def _count(model: nn.Module, choose: str | None, counts: dict[str, dict[str, int]]) -> None:
-    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     discovery = discover(model, choose=choose)
-    kinds: dict[str, set[str]] = defaultdict(set)
+    found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for target in discovery.targets:
-        kinds[_kind(target)].add(target.parameter_name)
+        entries = math.prod(target.view.shape(target.parameter))  # of its part of the parameter
+        size = min(entries, target.parameter.numel())
+        found[_kind(target)][target.parameter_name] += size
     for skipped in discovery.skipped:
-        kinds[f"skipped: {_reason(skipped.reason)}"].add(skipped.name)
-    for kind, names in kinds.items():
+        size = parameters[skipped.name].numel()
+        found[f"skipped: {_reason(skipped.reason)}"][skipped.name] = size
+    for kind, sizes in found.items():
         counts[kind]["models"] += 1
-        counts[kind]["tensors"] += len(names)
-        counts[kind]["parameters"] += sum(sizes[name] for name in names)
+        counts[kind]["tensors"] += len(sizes)
+        counts[kind]["parameters"] += sum(sizes.values())
 
 
 def _kind(target: Target) -> str:
@@ -87,6 +91,8 @@ def _reason(reason: str) -> str:
     """Return why a weight is skipped, without the names of modules."""
     if "is not the weight of a Linear" in reason:
         return "no linear map (embeddings, tokens, scales, tables)"
+    if "the matrix that" in reason:
+        return "a gain of standardized weights"
     return re.sub(r"^\w+ standardizes", "a module standardizes", re.sub("'.*'", "another", reason))
 
 

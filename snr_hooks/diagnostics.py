@@ -279,8 +279,8 @@ def _singular_values(target: Target) -> Tensor:
     return values
 
 
-def _converged(target: Target, tolerance: float = 1e-7) -> float:
-    """Return the largest singular value of an operator, iterated until it stops growing."""
+def _converged(target: Target, tolerance: float = 1e-5) -> float:
+    """Return the largest singular value of an operator, iterated until it hardly grows."""
     iteration = SubspaceIteration(n_products=20, n_vectors=8, seed=0)
     sigma, last = 0.0, -1.0
     for _ in range(500):

@@ -116,7 +116,7 @@ class Projection(NamedTuple):
             return {"": self._heads_of_columns(weight)} if per_head else None
         if self.heads_first:
             return self._by_head(weight, per_head=per_head)
-        if per_head and all(heads > 0 for heads in self.heads) and len(self._head_sizes()) == 1:
+        if per_head and max(self.heads) > 1 and len(self._head_sizes()) == 1:
             split = sum(self.heads), self._head_sizes().pop()
             return {"": _rows(weight, split, unit="heads")}
         if len(set(self.parts)) == 1:

@@ -248,6 +248,7 @@ def refused(folder):
     found["wrapped before fully_shard"] = message(opt.step)
     pairs = zip(before, model.parameters(), strict=True)
     found["unchanged"] = all(torch.equal(b, p.full_tensor()) for b, p in pairs)
+    found["operator"] = message(lambda: discover(model, choose="operator"))
     for original in (True, False):
         model = FullyShardedDataParallel(
             network(), use_orig_params=original, device_id=torch.device("cpu")

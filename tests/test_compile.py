@@ -90,6 +90,37 @@ def test_a_compiled_model(when, backend):
     assert [target.name for target in opt.targets][:1] == ["body.0.weight"]
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_compiled_model_whose_input_sizes_are_observed(when):
+    options = {"choose": "operator", "n_power_iterations": 2}
+    reference, model = build("convolutions"), build("convolutions")
+    train(reference, SNROptimizer(sgd(reference), reference, 0.05, **options))
+    torch._dynamo.reset()
+    counters.clear()
+    if when == "after":
+        opt = SNROptimizer(sgd(model), model, 0.05, **options)
+    forward = torch.compile(model, backend="eager", fullgraph=True)
+    if when == "before":
+        opt = SNROptimizer(sgd(forward), forward, 0.05, **options)
+    early = train(forward, opt)
+    assert_equal(model, reference)
+    assert_compiled_once(early, n_graphs=1)
+    assert opt.targets[1].view.size.value == (8, 8)
+
+
+def test_compiled_autograd_through_an_effective_weight():
+    """It works, or says what does not."""
+    model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3))
+    model.example = torch.ones(2, 4)
+    opt = SNROptimizer(sgd(model), model, choose={"*": {"weight": "effective"}})
+
+    def compiled():
+        return compiled_autograd._enable(torch.compile(backend="eager"))
+
+    with pytest.raises(RuntimeError, match="expected autograd to be available in backward hooks"):
+        train(model, opt, backward=compiled)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("twice", [False, True])
 def test_compiled_autograd(backend, twice):

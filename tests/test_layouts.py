@@ -90,10 +90,11 @@ def test_a_head_reaches_the_output_through_its_columns_alone(name):
                 assert (change < 1e-12) == (head == 0), (target.name, head)
 
 
+@pytest.mark.parametrize("view", ["blocks", "heads"])
 @pytest.mark.parametrize("gate_last", [False, True])
-def test_a_gated_mlp_is_two_maps(gate_last):
+def test_a_gated_mlp_is_two_maps(gate_last, view):
     module = mlp.GluMlp(4, 12, gate_last=gate_last, act_layer=nn.Sigmoid)
-    [first, _] = discover(nn.Sequential(module), choose="blocks").targets
+    [first, _] = discover(nn.Sequential(module), choose=view).targets
     assert first.view.shape(first.parameter) == (2, 6, 4)
     assert ("value gate" if gate_last else "gate value") in first.view.describe(first.parameter)
 

@@ -121,7 +121,7 @@ def test_an_operator_too_large_for_an_svd_is_iterated_until_it_converges(monkeyp
     [exact] = audit(layer, choose)
     monkeypatch.setattr("snr_hooks.diagnostics._LARGEST_MATRIX", 0)
     [iterated] = audit(layer, choose)
-    assert iterated.sigma == pytest.approx(exact.sigma, rel=1e-6)
+    assert iterated.sigma == pytest.approx(exact.sigma, rel=1e-4)
     assert iterated.sigma <= exact.sigma
     assert iterated.stable_rank is None
     broken = copy.deepcopy(layer)
