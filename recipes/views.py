@@ -1,17 +1,20 @@
 """What there is to choose, measured: ``python -m recipes.views``.
 
-Three parts, each written to a file of its own when it is done, and not run again if the file
+Four parts, each written to a file of its own when it is done, and not run again if the file
 is there: which weights of timm's models are regularized as what, on the meta device; what each
-view costs in a step, next to the default; and how the norms of ResNet-50's convolutions as
-operators compare with those of their flattened kernels.
+view costs in a step, next to the default; how the norms of ResNet-50's convolutions as
+operators compare with those of their flattened kernels; and what the term does under AdamW,
+through the gradient and decoupled.
 """
 
 import argparse
 import copy
+import csv
 import json
 import math
 import platform
 import re
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,6 +28,8 @@ from tqdm import tqdm
 
 from recipes import report
 from recipes.bench import CYCLE, MODELS, cycles, hooked_step, measure, spread, weight_decay, wrapped
+from recipes.recipe import Recipe, read
+from recipes.train import run
 from snr_hooks import Target, audit, discover
 
 FAMILY = "vit"
@@ -38,6 +43,15 @@ CHOICES: dict[str, Any] = {
     "top 3": {"*": {"top": 3}},
     "operator": "operator",
 }
+ADAMW: tuple[tuple[bool, float], ...] = (
+    (False, 0.0),
+    *((False, strength) for strength in (0.001, 0.01, 0.1)),
+    *((True, strength) for strength in (0.01, 0.1, 1.0)),
+)
+"""Whether the term is decoupled, and lambda."""
+
+ADAMW_ENTRIES = {"opt": "adamw", "lr": 0.003, "epochs": 8, "sched_kwargs": {"warmup_epochs": 1}}
+SEEDS = (0, 1, 2)
 COST_MODELS = ("resnet18", "mobilenetv3_large_100", "vit_small_patch16_224")
 NORM_MODEL, NORM_SIZE = "resnet50", 224
 
@@ -170,6 +184,31 @@ def norms(name: str, size: int) -> list[dict[str, Any]]:
     return rows
 
 
+def decoupled(folder: Path) -> list[dict[str, Any]]:
+    """Train on digits with AdamW, with the term in the gradient and decoupled from it.
+
+    Args:
+        folder: Where runs are written; those that are complete there are not run again.
+
+    Returns:
+        For each run its setting, the test accuracy after the last epoch in percent, and the exact
+        sigma_1 of each weight.
+    """
+    runs = []
+    for seed in SEEDS:
+        for is_decoupled, strength in ADAMW:
+            entries = read("digits") | ADAMW_ENTRIES | {"seed": seed, "snr_lambda": strength}
+            name = f"{'decoupled' if is_decoupled else 'gradient'}-{strength:g}-{seed}"
+            recipe = Recipe(**entries, decoupled=is_decoupled)
+            optimizer = run(recipe, folder / name)
+            with (folder / name / "metrics.csv").open() as file:
+                accuracy = float(list(csv.DictReader(file))[-1]["test_accuracy"])
+            sigmas = {row.name: row.sigma for row in audit(optimizer)}
+            found = {"decoupled": is_decoupled, "lambda": strength, "seed": seed}
+            runs.append({**found, "accuracy": accuracy, "sigma": sigmas})
+    return runs
+
+
 # --- the page ---
 
 
@@ -184,6 +223,8 @@ def page(found: dict[str, Any]) -> str:
         parts.append(_coverage_page(found["coverage"]))
     if "cost" in found:
         parts.append(_cost_page(found["cost"]))
+    if "decoupled" in found:
+        parts.append(_decoupled_page(found["decoupled"]))
     if "norms" in found:
         parts.append(_norms_page(found["norms"]))
     return "\n\n".join(parts) + "\n"
@@ -230,6 +271,33 @@ def _cost_page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _decoupled_page(runs: list[dict[str, Any]]) -> str:
+    lines = [
+        "## Under AdamW: through the gradient, or decoupled",
+        "",
+        f"Digits, test_resnet, AdamW at learning rate {ADAMW_ENTRIES['lr']}, "
+        f"{ADAMW_ENTRIES['epochs']} epochs, seeds {', '.join(map(str, SEEDS))}. Accuracy: mean and "
+        "standard deviation over seeds. sigma_1: exact, over that of the same weight and seed "
+        "without the term; median, and the ends of the middle 80 percent, over all weights and "
+        "seeds.",
+        "",
+        "| term | lambda | test accuracy, % | sigma_1, relative |",
+        "|---|---|---|---|",
+    ]
+    without = {run["seed"]: run["sigma"] for run in runs if run["lambda"] == 0}
+    for is_decoupled, strength in ADAMW:
+        chosen = [r for r in runs if (r["decoupled"], r["lambda"]) == (is_decoupled, strength)]
+        accuracies = [run["accuracy"] for run in chosen]
+        ratios = [run["sigma"][n] / without[run["seed"]][n] for run in chosen for n in run["sigma"]]
+        middle = spread(ratios)
+        lines.append(
+            f"| {'decoupled' if is_decoupled else 'in the gradient' if strength else 'none'} | "
+            f"{strength:g} | {statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}"
+            f" | {middle['ratio']:.2f} [{middle['low']:.2f}, {middle['high']:.2f}] |"
+        )
+    return "\n".join(lines)
+
+
 def _norms_page(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"## Norms of the convolutions of {NORM_MODEL}",
@@ -253,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what is not measured yet, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m recipes.views", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/views"))
-    parser.add_argument("--parts", nargs="*", default=["coverage", "cost", "norms"])
+    parser.add_argument("--parts", nargs="*", default=["coverage", "cost", "norms", "decoupled"])
     parser.add_argument("--repetitions", type=int, default=20, help="cycles of eight steps")
     parser.add_argument("--models", nargs="*", help="timm models to cover (default all)")
     options = parser.parse_args(arguments)
@@ -262,6 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
         "coverage": lambda: coverage(options.models or timm.list_models()),
         "cost": lambda: {name: cost(name, options.repetitions) for name in COST_MODELS},
         "norms": lambda: norms(NORM_MODEL, NORM_SIZE),
+        "decoupled": lambda: decoupled(options.output / "runs"),
     }
     found = {}
     for part, take in measures.items():

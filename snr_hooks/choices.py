@@ -37,10 +37,17 @@ WEIGHTS = ("stored", "effective", "folded")
 
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "residual": {"*": {"view": "blocks", "weight": "effective"}},
-    "mobile": {"*": {"view": "blocks", "weight": "effective"}},
+    "mobile": {"*": {"view": "blocks", "weight": "folded"}},
     "vit": {"*": {"view": "heads", "weight": "effective"}},
     "mixer": {"*": {"view": "blocks", "weight": "effective"}},
 }
+"""Choices for families of models; each may be given for any model.
+
+Weights are seen as what the modules apply: groups of convolutions and what forward makes of
+the stored weights, in mixers and ConvNeXts as in residual networks; heads in vision
+transformers. Mobile networks alternate depthwise convolutions and batch norms, so that the
+scale of a kernel says little until the batch norm is folded into it.
+"""
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,11 @@ def _groups(module: Any, weight: Tensor) -> BlockView:
 
 
 def _experts(module: Any, weight: Tensor) -> BlockView:
-    sizes = len(weight), module.out_channels, weight[0].numel() // module.out_channels
-    return BlockView(sizes, unit="experts")
+    n_experts, outs, groups = len(weight), module.out_channels, module.groups
+    if groups == 1:
+        return BlockView((n_experts, outs, weight.shape[1] // outs), unit="experts")
+    sizes = n_experts, groups, outs // groups, weight.shape[1] // outs
+    return BlockView(sizes, blocks=(0, 1), rows=(2,), unit="groups of experts")
 
 
 def _rows(weight: Tensor, split: tuple[int, ...], **options: Any) -> BlockView:

@@ -57,26 +57,24 @@ def torch_attention(draw):
 
 
 class CondConv2d(nn.Module):
-    """As timm's: a flat kernel of (out, in, kh, kw) for each expert."""
+    """As timm's: a flat kernel of (out, in / groups, kh, kw) for each expert."""
 
-    def __init__(self, n_experts, outs, ins, kernel):
+    def __init__(self, n_experts, outs, ins, kernel, groups):
         super().__init__()
-        self.out_channels = outs
+        self.out_channels, self.groups = outs, groups
         self.weight = nn.Parameter(torch.zeros(n_experts, outs * ins * kernel * kernel))
 
 
 @st.composite
 def experts(draw):
-    n, outs, ins, kernel = (draw(st.integers(1, 3)) for _ in range(4))
-    module = CondConv2d(n, outs, ins, kernel).double()
-    return (
-        module,
-        "weight",
-        lambda weight: [
-            as_matrix(kernel_of.view(outs, ins, kernel, kernel)) for kernel_of in weight
-        ],
-        {"view": "blocks"},
-    )
+    n, outs, ins, kernel, groups = (draw(st.integers(1, 3)) for _ in range(5))
+    module = CondConv2d(n, outs * groups, ins, kernel, groups).double()
+
+    def cut(weight):
+        kernels = [flat.view(outs * groups, ins, kernel, kernel) for flat in weight]
+        return [as_matrix(part) for whole in kernels for part in whole.chunk(groups)]
+
+    return module, "weight", cut, {"view": "blocks"}
 
 
 @pytest.mark.parametrize("norm", [None, "each", "largest"])

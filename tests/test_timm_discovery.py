@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 from snr_hooks import discover
+from snr_hooks.blocks import BlockView
 
 # Parameters with two or more dimensions that are no linear maps, by the last part of the name.
 NOT_MATRICES = {
@@ -62,6 +63,32 @@ def check(model):
                 assert name in skipped, name
 
 
+def check_family(model, family):
+    """Every weight is a target as what it is, or no linear map, or has no gradient of its own."""
+    found = discover(model, choose=family)
+    targets = {target.parameter_name for target in found.targets}
+    skipped = dict(found.skipped)
+    assert not targets & skipped.keys()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim < 2 or name in targets:
+            continue
+        attribute, reason = name.rpartition(".")[2], skipped[name]
+        assert (
+            (attribute in NOT_MATRICES and "is not the weight of a Linear" in reason)
+            or "the same parameter as" in reason
+            or reason == "empty"
+            or "frozen" in reason
+        ), (name, reason)
+    # Blocks of a weight tile it: none is left out, none is twice.
+    sizes = {}
+    for target in found.targets:
+        if isinstance(target.view, BlockView):
+            b, m, n = target.view.shape(target.parameter)
+            sizes.setdefault(target.parameter_name, [target.parameter.numel()]).append(b * m * n)
+    for name, (whole, *parts) in sizes.items():
+        assert sum(parts) == whole, name
+
+
 def on_meta(name):
     with torch.device("meta"):
         return timm.create_model(name)
@@ -73,7 +100,10 @@ def one_per_family():
 
 @pytest.mark.parametrize("name", one_per_family())
 def test_one_model_of_each_timm_family(name):
-    check(on_meta(name))
+    model = on_meta(name)
+    check(model)
+    check_family(model, "vit")
+    check_family(model, "mobile")
 
 
 @pytest.mark.slow
@@ -82,7 +112,10 @@ def test_one_model_of_each_timm_family(name):
 def test_every_timm_model(initial):
     names = timm.list_models(f"{initial}*")
     for name in names:
-        check(on_meta(name))
+        model = on_meta(name)
+        check(model)
+        check_family(model, "vit")
+        check_family(model, "mobile")
 
 
 @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
