@@ -122,7 +122,7 @@ class SubspaceIteration:
 
     def _is_thin(self, target: Target) -> bool:
         """Whether a weight has too few rows or columns to iterate for so many singular values."""
-        return target.top > max(1, self._n_vectors(target) // 2)
+        return target.top > 1 and target.top > self._n_vectors(target) // 2
 
     def _with_exact(self, targets: Sequence[Target], terms: list[Term]) -> list[Term]:
         """Complete the terms of all targets but the thin ones, in order."""
