@@ -31,10 +31,10 @@ from snr_hooks.discovery import (
     Target,
     discover,
     linear_maps,
-    parameter_at,
 )
 from snr_hooks.estimators import Estimator, ExactSVD, Held, SubspaceIteration
 from snr_hooks.hooks import GradientHooks
+from snr_hooks.modules import parameter_at
 from snr_hooks.sharding import reshard
 from snr_hooks.term import SpectralTerm
 

@@ -10,7 +10,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import prune
 
 from snr_hooks import discover
-from snr_hooks.discovery import linear_maps, parameter_at
+from snr_hooks.discovery import linear_maps
+from snr_hooks.modules import parameter_at
 from snr_hooks.views import MatrixView
 
 

@@ -117,8 +117,13 @@ def test_the_same_recipe_runs_on_other_models():
     ("model", "choose", "seen"),
     [
         ("test_vit", "vit", "heads of"),
-        ("mobilenetv3_small_050", "mobile", "groups of"),
-        ("test_resnet", {"conv1.0.weight": {"view": "operator", "penalty": "sigma"}}, "operator"),
+        pytest.param("mobilenetv3_small_050", "mobile", "groups of", marks=pytest.mark.slow),
+        pytest.param(
+            "test_resnet",
+            {"conv1.0.weight": {"view": "operator", "penalty": "sigma"}},
+            "operator",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_is_chosen_is_trained_audited_and_resumed(model, choose, seen):
