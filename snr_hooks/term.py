@@ -158,6 +158,9 @@ class SpectralTerm:
         return known[1]
 
     def _is_due(self, target: Target) -> bool:
+        size = target.view.observes
+        if size is not None and size.value is None:  # no input has come by, nor will a gradient
+            return False
         return target.parameter.requires_grad and self.strength(target) > 0
 
     @staticmethod

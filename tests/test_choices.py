@@ -305,6 +305,20 @@ def test_a_run_with_operators_resumes_bitwise_and_copies_watch_for_themselves():
     assert opt.targets[0].view.size.value == (5, 5)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_layer_that_is_not_used_is_not_asked_for_its_input_size(decoupled):
+    model = conv()
+    model.unused = nn.Conv2d(2, 2, 3).double()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = SNROptimizer(base, model, 0.1, choose="operator", decoupled=decoupled)
+    before = [p.clone() for p in model.parameters()]
+    steps_of(model, opt)
+    changed = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert changed == [True, True, False, False]
+    with pytest.raises(ValueError, match=r"input size of 'unused.weight' to be known"):
+        opt.spectral_norms()
+
+
 # --- saying it ---
 
 
