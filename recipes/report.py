@@ -29,7 +29,7 @@ def write_csv(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def audit_table(start: Spectra, end: Spectra, estimates: Mapping[str, float]) -> str:
-    """Compare sigma_1 of every weight's matrix before and after training, by exact SVD.
+    """Compare the exact sigma_1 of every weight before and after training.
 
     Args:
         start: Spectra of the untrained model.
@@ -42,7 +42,7 @@ def audit_table(start: Spectra, end: Spectra, estimates: Mapping[str, float]) ->
     width = max(map(len, start))
     header = f"{'parameter':{width}}  {'before':>8}  {'after':>8}  {'estimate':>8}  rel. error"
     lines = [
-        "sigma_1 of the weight as a matrix (out x rest), by exact SVD before and after training;",
+        "sigma_1 of the weight as a matrix (out x rest), or as chosen, before and after training;",
         "the optimizer's estimate after training, and how far it is below the exact value",
         "",
         header,
@@ -119,7 +119,7 @@ def draw_spectra(path: Path, start: Spectra, end: Spectra, title: str) -> None:
         top = f"$\\sigma_1$: {float(start[name][0]):.2f} \u2192 {float(end[name][0]):.2f}"
         axis.set_title(f"{name.removesuffix('.weight')}\n{top}", fontsize=8)
     figure.supxlabel("rank of the singular value")
-    figure.supylabel("singular value of the weight as a matrix")
+    figure.supylabel("singular value (of the weight as a matrix, unless chosen otherwise)")
     shown = "" if len(names) == len(start) else f" ({len(names)} of {len(start)} layers)"
     figure.suptitle(f"{title}{shown}: dashed at the start, solid at the end")
     figure.savefig(path, dpi=110)

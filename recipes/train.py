@@ -91,7 +91,7 @@ def run(
         raise RecipeError(f"expected to write to the folder {output}: {error}") from None
     training = build(recipe, processes)
     processes = training.processes
-    start = spectra(training.model)
+    start = _spectra(training, recipe)
     history = [] if fresh else _resume(training, recipe, output / CHECKPOINT)
     if processes.is_primary:
         if history:
@@ -374,6 +374,16 @@ def _broken(path: Path, what: str) -> str:
     )
 
 
+def _spectra(training: Training, recipe: Recipe) -> report.Spectra:
+    """Return the singular values of all weights as matrices, or as was chosen."""
+    if recipe.choose is None:
+        return spectra(training.model)
+    training.model.eval()  # a pass that changes no statistics, for convolutions as operators
+    images, _ = next(iter(training.loaders.test))
+    training.model(images[:1].to(training.processes.device))
+    return spectra(training.optimizer)
+
+
 def _write_report(
     training: Training,
     recipe: Recipe,
@@ -381,11 +391,10 @@ def _write_report(
     start: report.Spectra,
     output: Path,
 ) -> None:
-    end = spectra(training.model)
-    if recipe.choose is None:
-        text = report.audit_table(start, end, training.optimizer.spectral_norms())
-    else:  # other norms than those of the start, which are the matrices'
-        text = str(audit(training.optimizer))
+    end = _spectra(training, recipe)
+    text = report.audit_table(start, end, training.optimizer.spectral_norms())
+    if recipe.choose is not None:
+        text = f"{text}\n\n{audit(training.optimizer)}"
     if not training.processes.is_primary:
         return
     (output / "audit.txt").write_text(text + "\n")

@@ -8,7 +8,7 @@ comes from iterating until it does not grow any more.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -117,36 +117,34 @@ def audit(model_or_optimizer: nn.Module | Regularized, choose: Choose = None) ->
         TypeError: The argument is neither.
         ValueError: ``choose`` does not fit, or an operator's input size is not known.
     """
+    targets = _targets(model_or_optimizer, choose)
     estimates: Mapping[str, float] = {}
-    if isinstance(model_or_optimizer, nn.Module):
-        targets = tuple(linear_maps(model_or_optimizer, choose))
-    elif isinstance(model_or_optimizer, Regularized):
-        targets = model_or_optimizer.targets
+    if not isinstance(model_or_optimizer, nn.Module):
         estimates = model_or_optimizer.spectral_norms()
-    else:
-        raise TypeError(
-            "expected a torch.nn.Module or an SNROptimizer, found "
-            f"{type(model_or_optimizer).__name__}"
-        )
     return Audit(tuple(_row(target, estimates.get(target.name)) for target in targets))
 
 
-def spectra(model: nn.Module, choose: Choose = None) -> dict[str, Tensor]:
+def spectra(
+    model_or_optimizer: nn.Module | Regularized, choose: Choose = None
+) -> dict[str, Tensor]:
     """Compute all singular values of each linear map of a model, frozen ones included.
 
     Args:
-        model: Any module with values.
-        choose: How its weights are seen. The singular values of blocks come together.
+        model_or_optimizer: Any module with values; or an ``SNROptimizer``, for the weights that
+            it regularizes as it sees them.
+        choose: How the weights of a model are seen. The singular values of blocks come together.
 
     Returns:
         By parameter name, the singular values in float64 on the CPU, in descending order; NaN
-        for a weight that is not finite.
+        for a weight that is not finite. Of an operator that is too large to be written out, the
+        four largest, iterated until they hardly grow.
 
     Raises:
-        ValueError: ``choose`` does not fit, an operator's input size is not known, or it has
-            too many entries to be written out.
+        TypeError: The first argument is neither.
+        ValueError: ``choose`` does not fit, or an operator's input size is not known.
     """
-    return {target.name: _singular_values(target) for target in linear_maps(model, choose)}
+    targets = _targets(model_or_optimizer, choose)
+    return {target.name: _singular_values(target) for target in targets}
 
 
 def stable_rank(singular_values: Tensor) -> float:
@@ -251,13 +249,22 @@ def compare(before: nn.Module, after: nn.Module, choose: Choose = None) -> Compa
     )
 
 
+def _targets(model_or_optimizer: nn.Module | Regularized, choose: Choose) -> Sequence[Target]:
+    if isinstance(model_or_optimizer, nn.Module):
+        return linear_maps(model_or_optimizer, choose)
+    if not isinstance(model_or_optimizer, Regularized):
+        raise TypeError(
+            "expected a torch.nn.Module or an SNROptimizer, found "
+            f"{type(model_or_optimizer).__name__}"
+        )
+    return model_or_optimizer.targets
+
+
 def _row(target: Target, estimate: float | None) -> AuditRow:
     weight, view = target.parameter, target.view.describe(target.parameter)
-    if _is_written_out(target):
-        values = _singular_values(target)
-        sigma, rank = float(values[0]), stable_rank(values)
-    else:
-        sigma, rank = _converged(target), None
+    values = _singular_values(target)
+    sigma = float(values[0])
+    rank = stable_rank(values) if _is_written_out(target) else None
     error = None
     if estimate is not None:
         error = 0.0 if estimate == sigma else (sigma - estimate) / sigma if sigma else math.inf
@@ -271,6 +278,8 @@ def _is_written_out(target: Target) -> bool:
 
 
 def _singular_values(target: Target) -> Tensor:
+    if not _is_written_out(target):
+        return _converged(target)
     matrix = target.view.matrix(target.parameter.detach()).to("cpu", torch.float64)
     *batch, m, n = matrix.shape
     if not matrix.isfinite().all():
@@ -279,13 +288,14 @@ def _singular_values(target: Target) -> Tensor:
     return values
 
 
-def _converged(target: Target, tolerance: float = 1e-5) -> float:
-    """Return the largest singular value of an operator, iterated until it hardly grows."""
+def _converged(target: Target, tolerance: float = 1e-5) -> Tensor:
+    """Return the four largest singular values of an operator, iterated until they hardly grow."""
     iteration = SubspaceIteration(n_products=20, n_vectors=8, seed=0)
-    sigma, last = 0.0, -1.0
+    target = target._replace(top=4)
+    sigma = last = torch.zeros(4, dtype=torch.float64)
     for _ in range(500):
-        if not sigma - last > tolerance * sigma:  # also where it is not a number
-            break
         (term,) = iteration.advance([target])
-        last, sigma = sigma, float(torch.as_tensor(term.sigma, dtype=torch.float64).max())
+        last, sigma = sigma, torch.as_tensor(term.sigma, device="cpu")
+        if not (sigma - last > tolerance * sigma).any():  # also where it is not a number
+            break
     return sigma

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from _models import Net, build
-from _oracles import as_matrix, penalty_of
+from _oracles import as_matrix, penalty_of, products_of
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -143,6 +143,19 @@ def test_steps_equal_the_penalty_of_the_effective_weight_in_the_loss(name, decou
     train(plain, sgd(plain), 10)
     assert distance(wrapped, reference) <= 1e-12  # for SGD without momentum decoupled is the same
     assert distance(wrapped, plain) > 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_equal_those_of_the_effective_matrices(name):
+    _, weight, matrices = CASES[name]
+    model = made(name)
+    found = discover(model, choose={"*": {"view": "blocks", "weight": weight}}).targets
+    expected = [[block.detach() for block in blocks] for blocks in matrices(model)]
+    views = {id(t.view.view): t for t in found if not t.view.is_linear}  # one of each weight
+    assert len(views) == len(expected)
+    for target, blocks in zip(views.values(), expected, strict=True):
+        for product, exact in zip(*products_of(target, blocks, 0), strict=True):
+            torch.testing.assert_close(product, exact, rtol=1e-10, atol=1e-12)
 
 
 def test_every_stored_parameter_is_a_target_and_none_is_also_skipped():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from _models import build
 from test_choices import many
+from test_operators import operator
 from torch import nn
 
 from snr_hooks import audit, compare, lipschitz, spectra, stable_rank
@@ -116,7 +117,7 @@ def test_audit_and_spectra_cover_every_view():
 
 
 def test_an_operator_too_large_for_an_svd_is_iterated_until_it_converges(monkeypatch):
-    layer = nn.Conv2d(2, 3, 3, padding=1).double()
+    layer = nn.Conv2d(2, 3, 3, padding=1, bias=False).double()
     choose = {"weight": {"view": "operator", "input_size": (9, 8)}}
     [exact] = audit(layer, choose)
     monkeypatch.setattr("snr_hooks.diagnostics._LARGEST_MATRIX", 0)
@@ -124,6 +125,9 @@ def test_an_operator_too_large_for_an_svd_is_iterated_until_it_converges(monkeyp
     assert iterated.sigma == pytest.approx(exact.sigma, rel=1e-4)
     assert iterated.sigma <= exact.sigma
     assert iterated.stable_rank is None
+    four = spectra(layer, choose)["weight"]
+    whole = torch.linalg.svdvals(operator(layer, layer.weight.detach(), (9, 8)))
+    torch.testing.assert_close(four, whole[:4], rtol=1e-3, atol=0)
     broken = copy.deepcopy(layer)
     with torch.no_grad():
         broken.weight[0, 0, 0, 0] = torch.nan

@@ -78,9 +78,9 @@ def test_products_and_term_equal_those_of_the_layer_as_a_matrix(case, seed, top)
         torch.testing.assert_close(found, product, rtol=1e-10, atol=1e-12)
     values = torch.linalg.svdvals(expected.detach())
     gaps = values[: top + 1].diff().abs()
-    assume(len(gaps) == 0 or gaps.min() > 1e-3 * values[0])  # else the gradient is not unique
+    assume(len(gaps) == 0 or gaps.min() > 0.02 * values[0])  # else the gradient is not unique
     [gradient] = torch.autograd.grad(penalty_of([expected], top=top), weight)
-    torch.testing.assert_close(grad, gradient, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(grad, gradient, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 5)])
