@@ -214,20 +214,24 @@ def decoupled(folder: Path) -> list[dict[str, Any]]:
 
 def page(found: dict[str, Any]) -> str:
     """Return all that was measured as a page in Markdown."""
-    parts = [
-        f"# Views, measured\n\ntorch {torch.__version__}, timm {timm.__version__}, "
-        f"Python {platform.python_version()}, {torch.get_num_threads()} threads on CPU. "
-        "Written by `python -m recipes.views`."
-    ]
-    if "coverage" in found:
-        parts.append(_coverage_page(found["coverage"]))
-    if "cost" in found:
-        parts.append(_cost_page(found["cost"]))
-    if "decoupled" in found:
-        parts.append(_decoupled_page(found["decoupled"]))
-    if "norms" in found:
-        parts.append(_norms_page(found["norms"]))
+    pages: dict[str, Callable[[Any], str]] = {
+        "coverage": _coverage_page,
+        "cost": _cost_page,
+        "decoupled": _decoupled_page,
+        "norms": _norms_page,
+    }
+    parts = ["# Views, measured\n\nWritten by `python -m recipes.views`."]
+    for part, write in pages.items():
+        if part in found:
+            parts.append(f"{write(found[part]['result'])}\n\nMeasured with {found[part]['with']}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _versions() -> str:
+    return (
+        f"torch {torch.__version__}, timm {timm.__version__}, Python "
+        f"{platform.python_version()}, {torch.get_num_threads()} threads on CPU"
+    )
 
 
 def _coverage_page(found: dict[str, Any]) -> str:
@@ -336,11 +340,13 @@ def main(arguments: list[str] | None = None) -> None:
     for part, take in measures.items():
         path = options.output / f"{part}.json"
         if part in options.parts and not path.exists():
-            path.write_text(json.dumps(take(), indent=1) + "\n")
+            measured = {"with": _versions(), "result": take()}
+            path.write_text(json.dumps(measured, indent=1) + "\n")
         if path.exists():
             found[part] = json.loads(path.read_text())
     if "norms" in found:
-        report.draw_norms(options.output / "norms.png", found["norms"], NORM_MODEL)
+        rows = found["norms"]["result"]
+        report.draw_norms(options.output / "norms.png", rows, NORM_MODEL)
     (options.output / "views.md").write_text(page(found))
     print(page(found))
 

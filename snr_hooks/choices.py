@@ -52,7 +52,7 @@ scale of a kernel says little until the batch norm is folded into it.
 
 @dataclass(frozen=True)
 class Choice:
-    """How one weight is regularized.
+    """How one weight is regularized: all of it, where a mapping may say a part.
 
     Attributes:
         view: A key of ``VIEWS``, or any view of your own.
@@ -107,7 +107,8 @@ class _Layer:
                 if key in found and found[key] != value:
                     raise ValueError(
                         f"expected patterns that agree, found {key.rstrip('_')} of {names[0]!r} "
-                        f"to be {found[key]!r} by {by[key]!r} and {value!r} by {pattern!r}: narrow "
+                        f"to be {_shown(found[key])} by {by[key]!r} and {_shown(value)} by "
+                        f"{pattern!r}: narrow "
                         "one of them, or put the one that is to win into a later mapping, "
                         "choose=[{...}, {...}]"
                     )
@@ -182,12 +183,12 @@ def _entries(layer: Any) -> dict[str, dict[str, Any]]:
 def _fields(entry: Any, pattern: str) -> dict[str, Any]:
     """Return what an entry says, by field of ``Choice``."""
     if isinstance(entry, Choice):
-        default = Choice()
         said = {f.name: getattr(entry, f.name) for f in fields(Choice)}
+        optional = {"norm", "lambda_", "heads", "kv_heads", "input_size"}
         entry = {
             "lambda" if name == "lambda_" else name: value
             for name, value in said.items()
-            if value != getattr(default, name)
+            if value is not None or name not in optional
         }
     elif not isinstance(entry, Mapping):
         entry = {"view": entry}
@@ -240,8 +241,17 @@ def _positive(value: Any, what: str) -> int:
     return value
 
 
+def _shown(value: Any) -> str:
+    return value.name if isinstance(value, Penalty) else repr(value)
+
+
 def checked_schedule(value: Any, what: str) -> Strength:
     """Return lambda, a number or a function of the step, or say what is wrong with it."""
+    if isinstance(value, str):
+        raise TypeError(
+            f"expected {what} to be a number >= 0, found {value!r} (YAML reads 1e-3 as text: write "
+            "1.0e-3), or a function of the step"
+        )
     if callable(value):
         checked_strength(value(0), f"{what} at step 0")
         schedule: Strength = value

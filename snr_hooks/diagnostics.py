@@ -20,7 +20,7 @@ from snr_hooks.choices import Choose
 from snr_hooks.discovery import Target, linear_maps
 from snr_hooks.estimators import SubspaceIteration
 
-_LARGEST_MATRIX = 2**24
+_LARGEST_MATRIX = 2**20
 """Entries of a matrix up to which an operator is written out for its SVD."""
 
 
@@ -45,7 +45,8 @@ class AuditRow(NamedTuple):
         view: How it is seen as a matrix.
         estimate: The optimizer's estimate of sigma_1; None for a plain model.
         sigma: Exact sigma_1, the largest of all blocks, by SVD in float64; NaN for a weight
-            that is not finite.
+            that is not finite. Of an operator that is not written out, iterated until it hardly
+            grows: a little below.
         error: (sigma - estimate) / sigma, not negative but for rounding; 0 for a zero
             matrix, None without an estimate.
         stable_rank: The squared Frobenius norm over the squared sigma, of all blocks together;

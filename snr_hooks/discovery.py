@@ -124,22 +124,24 @@ def discover(
     held = holders(model)
     names = parameter_names(model)
     choices = _choices(choose, names)
-    included = _matcher(include, names, "include", default=True)
-    excluded = _matcher(exclude, names, "exclude", default=False)
+    known = [*names, *map(effective_name, names)]
+    included = _matcher(include, known, "include", default=True)
+    excluded = _matcher(exclude, known, "exclude", default=False)
     targets, skipped = [], []
     for owners in held:
         found, reason = _targets(owners, choices)
         name = found[0].parameter_name
+        called = [alias for owner in owners for alias in aliases(owner)]
+        unselected = None if any(map(included, called)) else "not matched by include"
+        if any(map(excluded, called)):
+            unselected = "matched by exclude"
+        if reason is None and unselected is None:
+            # Other parameters, too, that forward makes the weight from.
+            others = [target for target in found if target.parameter_name != name]
+            targets += [t for t in others if _is_trained(t) and not excluded(t.parameter_name)]
+        reason = reason or _not_trainable(owners) or unselected
         if reason is None:
-            reason = _not_trainable(owners)
-        if reason is None and not any(included(owner.name) for owner in owners):
-            reason = "not matched by include"
-        if reason is None and any(excluded(owner.name) for owner in owners):
-            reason = "matched by exclude"
-        if reason is None:
-            targets += [
-                t for t in found if t.parameter_name == name or not excluded(t.parameter_name)
-            ]
+            targets += [target for target in found if target.parameter_name == name]
         else:
             skipped.append(Skipped(name, reason))
         skipped += [
@@ -150,6 +152,7 @@ def discover(
     found_names = {target.parameter_name for target in targets}
     skipped = [skip for skip in skipped if skip.name not in found_names]
     position = {name: i for i, name in enumerate(names)}
+    targets.sort(key=lambda target: position[target.parameter_name])
     skipped.sort(key=lambda skip: position[skip.name])
     return Discovery(tuple(targets), tuple(skipped))
 
@@ -183,10 +186,19 @@ def _targets(owners: list[Owned], choices: Choices) -> tuple[list[Target], str |
     """Return what a parameter is, and why it is no linear map."""
     choice = choices.of([name for owner in owners for name in aliases(owner)])
     found, reason = see(owners, choice)
-    chosen = choice.penalty, choice.top, choice.lambda_
-    return [
-        Target(name + part, parameter, view, *chosen, part) for name, parameter, view, part in found
-    ], reason
+    targets = []
+    for name, parameter, view, part in found:
+        own = choice if parameter is owners[0].parameter else choices.of([name])
+        if own is not choice and own.view == "skip":
+            continue
+        strength = choice.lambda_ if own.lambda_ is None else own.lambda_
+        chosen = choice.penalty, choice.top, strength
+        targets.append(Target(name + part, parameter, view, *chosen, part))
+    return targets, reason
+
+
+def _is_trained(target: Target) -> bool:
+    return target.parameter.requires_grad and target.parameter.is_leaf
 
 
 def _not_trainable(owners: list[Owned]) -> str | None:

@@ -61,15 +61,16 @@ class Parametrized:
         for part in training:
             part.training = False
         try:
-            tensor: Tensor = getattr(self._module, self._name)
+            # Not the attribute, which parametrize.cached() would keep for forward.
+            tensor: Tensor = self._module.parametrizations[self._name]()
             return tensor
         finally:
             for part in training:
                 part.training = True
 
     def sources(self) -> dict[str, nn.Parameter]:
-        """Return the stored parameters by their names in the module."""
-        stored = self._module.parametrizations[self._name].named_parameters(recurse=False)
+        """Return what is stored, and what parametrizations are made of, by name in the module."""
+        stored = self._module.parametrizations[self._name].named_parameters()
         prefix = f"parametrizations.{self._name}."
         return {prefix + name: parameter for name, parameter in stored}
 

@@ -93,6 +93,8 @@ class SubspaceIteration:
         self.seed = seed
         # Of the weights that are in no batch.
         self._vectors = dict(vectors or {})
+        self._versions: dict[str, object] = {}
+        """What the vectors were made for, of the views that have versions."""
         self._batches: list[_Batch] = []
         self._arrangement: list[_Place] = []
 
@@ -104,6 +106,7 @@ class SubspaceIteration:
             vectors = self._by_name(iterated)
             self._batches = _batches(iterated, vectors)
             self._arrangement = arrangement
+            self._versions |= {target.name: target.view.version for target in iterated}
             batched = {target.name for target in iterated}
             self._vectors = {name: pair for name, pair in vectors.items() if name not in batched}
         return self._with_exact(targets, _iterated(self._batches, self.n_products))
@@ -147,8 +150,8 @@ class SubspaceIteration:
     def state_dict(self) -> dict[str, Vectors]:
         """Return the vectors of each weight needed so far, and the size of inputs if it matters."""
         state = self._by_name(())
-        for batch in self._batches:
-            for name, size in batch.sizes().items():
+        for name, size in self._versions.items():
+            if isinstance(size, tuple) and name in state:
                 state[name] = {**state[name], "input_size": torch.tensor(size)}
         return state
 
@@ -181,18 +184,16 @@ class SubspaceIteration:
                 "iteration starts afresh for weights without vectors",
                 stacklevel=3,
             )
-        return type(self)(self.n_products, self.n_vectors, self.seed, known)
+        restored = type(self)(self.n_products, self.n_vectors, self.seed, known)
+        restored._versions = {name: by_name[name].view.version for name in known}
+        return restored
 
     def _by_name(self, targets: Sequence[Target]) -> dict[str, Vectors]:
         """Return copies of all vectors; of new weights among ``targets``, warmed-up ones."""
         vectors = self._vectors | {
             name: pair for batch in self._batches for name, pair in batch.vectors().items()
         }
-        fresh = [
-            target
-            for target in targets
-            if target.name not in vectors or not _is_long(vectors[target.name], target)
-        ]
+        fresh = [target for target in targets if not self._continues(target, vectors)]
         if fresh:
             # All weights should be on the same side at a time: fewer, larger batches.
             names = {target.name for target in fresh}
@@ -205,6 +206,11 @@ class SubspaceIteration:
             name: {side: part.clone() for side, part in pair.items()}
             for name, pair in vectors.items()
         }
+
+    def _continues(self, target: Target, vectors: Mapping[str, Vectors]) -> bool:
+        """Whether there are vectors of a target, and for the input that it has by now."""
+        version = target.view.version
+        return target.name in vectors and self._versions.get(target.name, version) == version
 
     def _start(self, target: Target) -> Vectors:
         *batch, m, n = target.view.shape(target.parameter)
@@ -239,6 +245,7 @@ class Held:
         self.n_steps = n_steps
         self._age = age
         self._terms = dict(terms or {})
+        self._versions: dict[str, object] = {}
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the held terms, or at the end of their time those of the estimator."""
@@ -246,6 +253,7 @@ class Held:
             terms = self.estimator.advance(targets)
             names = [target.name for target in targets]
             self._terms = dict(zip(names, terms, strict=True))
+            self._versions = {target.name: target.view.version for target in targets}
             self._age = 0
         self._age += 1
         return [self._terms[target.name] for target in targets]
@@ -261,7 +269,9 @@ class Held:
             return True
         held = (self._terms.get(target.name) for target in targets)
         return any(
-            term is None or term.u.device != target.parameter.device
+            term is None
+            or term.u.device != target.parameter.device
+            or self._versions.get(target.name, target.view.version) != target.view.version
             for term, target in zip(held, targets, strict=True)
         )
 
@@ -294,13 +304,15 @@ class Held:
             ValueError: A vector or a held term does not fit.
         """
         targets = list(targets)
+        estimator = self.estimator.restored(state, targets)  # which learns the sizes of inputs
         terms, age = {}, 0
         for target in targets:
             entry = state.get(target.name)
-            if isinstance(entry, Mapping) and "u" in entry:
+            if isinstance(entry, Mapping) and "u" in entry and _is_of_size(target, entry):
                 terms[target.name], age = _checked_held(target, entry)
-        estimator = self.estimator.restored(state, targets)
-        return type(self)(estimator, self.n_steps, age, terms)
+        restored = type(self)(estimator, self.n_steps, age, terms)
+        restored._versions = {name: t.view.version for t in targets if (name := t.name) in terms}
+        return restored
 
 
 class ExactSVD:
@@ -427,11 +439,6 @@ class _Batch:
         sigma = sigma[:, : target.top]
         return sigma if _n_blocks(target) else sigma[0]
 
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Return the input sizes by name, of the weights whose vectors depend on one."""
-        sizes = {target.name: target.view.version for target in self._members}
-        return {name: size for name, size in sizes.items() if isinstance(size, tuple)}
-
     def vectors(self) -> dict[str, Vectors]:
         """Return the vectors by name, as views."""
         right, left = self._subspaces.right.each, self._subspaces.left.each
@@ -478,8 +485,10 @@ def _next_is_right(pair: Vectors) -> bool:
     return pair["right"].shape[-2] > pair["left"].shape[-2]
 
 
+@torch.no_grad()
 def _exact_term(target: Target) -> Term:
-    matrix = target.view.matrix(target.parameter.detach()).double()
+    with _without_autocast(target.parameter.device.type):
+        matrix = target.view.matrix(target.parameter.detach()).double()
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     if _is_plain(target):
         return _term(target, float(sigma[0]), u[:, 0].contiguous(), vh[0])
@@ -503,12 +512,6 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _is_long(pair: Vectors, target: Target) -> bool:
-    """Whether vectors have the lengths of a target, whose input may have another size by now."""
-    *_, m, n = target.view.shape(target.parameter)
-    return (pair["left"].shape[-1], pair["right"].shape[-1]) == (m, n)
-
-
 def _is_of_size(target: Target, entry: object) -> bool:
     """Whether saved vectors are of the target's input size, which they say if it is unknown."""
     size = target.view.observes
@@ -529,7 +532,9 @@ def _checked_vectors(target: Target, vectors: object, k: int) -> Vectors:
         f"expected for {name!r} finite non-zero vectors 'left' and 'right' of shape "
         f"{allowed[0][0]} and {allowed[0][1]}, or {allowed[1][0]} and {allowed[1][1]}, found"
     )
-    remedy = "load a state dict of this model and this n_vectors, or delete its 'snr_hooks' entry"
+    remedy = (
+        "load a state dict of this model, n_vectors and choose, or delete its 'snr_hooks' entry"
+    )
     if not isinstance(vectors, Mapping) or not vectors.keys() >= {"left", "right"}:
         raise ValueError(f"{expected} a {type(vectors).__name__}; {remedy}")
     parts = [vectors["left"], vectors["right"]]

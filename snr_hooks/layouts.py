@@ -208,10 +208,10 @@ def _slice(weight: Tensor, start: int, size: int, n_heads: int, name: str) -> Bl
 
 
 # What timm and others call projections of attention: how many parts each stacks.
-_FUSED = {"qkv": 3, "kv": 2, "qk": 2}
-_SEPARATE = {"q", "k", "v", "q_proj", "k_proj", "v_proj", "wq", "wk", "wv", "query"}
-_OUTPUT = {"proj", "out_proj", "o_proj", "output", "attn_out_proj"}
-_SHARED_BY_QUERIES = {"k", "v", "k_proj", "v_proj", "kv"}
+_FUSED = {"qkv": 3, "to_qkv": 3, "qkv_proj": 3, "Wqkv": 3, "kv": 2, "to_kv": 2, "qk": 2}
+_SHARED_BY_QUERIES = {"k", "v", "k_proj", "v_proj", "wk", "wv", "to_k", "to_v", "key", "value"}
+_SEPARATE = {"q", "q_proj", "wq", "to_q", "query", *_SHARED_BY_QUERIES}
+_OUTPUT = {"proj", "out_proj", "o_proj", "to_out", "output", "attn_out_proj"}
 _WITHIN = 3  # a projection may be inside a ConvNorm, or a Sequential in one
 
 
@@ -224,6 +224,8 @@ def _projection(place: Place, heads: Heads) -> Projection | None:
         return None
     weight: Any = module.weight
     for owner, name in parents[:_WITHIN]:
+        if type(owner).__name__ == "MultiQueryAttention2d" and name in {"key", "value"}:
+            return None  # one head, which all queries share
         found = _special(owner, name, weight) or _usual(owner, name, weight, heads)
         if found is not None:
             return found
@@ -254,11 +256,11 @@ def _usual(owner: Any, name: str, weight: Tensor, given: Heads) -> Projection | 
         if name == "qk":
             counts = (n_heads, n_heads)
         d = rows // sum(counts)
-        names = ("q", "k", "v")[: len(counts)] if name != "kv" else ("k", "v")
+        names = ("k", "v") if name in {"kv", "to_kv"} else ("q", "k", "v")[: len(counts)]
         heads_first = getattr(owner, "head_first", False) is True
         parts = (d,) * len(counts) if heads_first else tuple(count * d for count in counts)
         found = Projection(parts, counts, heads_first, names=names)
-    return found if given.heads or found.fits(weight) else None
+    return found if given.heads or given.kv_heads or found.fits(weight) else None
 
 
 def _special(owner: Any, name: str, weight: Tensor) -> Projection | None:
@@ -269,8 +271,6 @@ def _special(owner: Any, name: str, weight: Tensor) -> Projection | None:
     kind, rows = type(owner).__name__, len(weight)
     n_heads = _number(owner, "num_heads")
     key, value = _number(owner, "key_dim"), _number(owner, "val_dim")
-    if kind == "MultiQueryAttention2d" and name in {"key", "value"}:
-        return None
     if key and value and n_heads and name in {"qkv", "kv"}:  # LeViT, TinyViT, EfficientFormer
         return Projection((key, key, value), (n_heads,) * 3, True).last(_FUSED[name])
     if kind == "CascadedGroupAttention" and key and value and name == "qkvs":

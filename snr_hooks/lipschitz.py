@@ -26,7 +26,6 @@ _SLOPES: dict[type[nn.Module], float] = {
     nn.Sigmoid: 0.25,
     nn.GELU: 1.129,
     nn.SiLU: 1.1,
-    nn.ELU: 1.0,
 }
 _LINEAR = (
     nn.Linear,
@@ -45,7 +44,8 @@ class Lipschitz(NamedTuple):
 
     Attributes:
         lower: The largest norm of a Jacobian at the inputs that were given.
-        upper: The product of the constants of all layers.
+        upper: The product of the constants of all layers. The norms of operators too large
+            for an SVD are iterated, and a little low; see ``AuditRow``.
         layers: The constant of each layer by its name.
     """
 
@@ -81,7 +81,7 @@ def lipschitz(sequence: nn.Sequential, inputs: Tensor, n_iterations: int = 50) -
     sequence.eval()
     try:
         with torch.no_grad():
-            layers = dict(_constants(sequence, inputs))
+            layers = dict(_constants(sequence, inputs.clone()))
         lower = _jacobian_norm(sequence, inputs, n_iterations)
     finally:
         for module in training:
@@ -91,7 +91,8 @@ def lipschitz(sequence: nn.Sequential, inputs: Tensor, n_iterations: int = 50) -
 
 def _constants(sequence: nn.Sequential, x: Tensor, path: str = "") -> Iterable[tuple[str, float]]:
     """Yield the constant of each layer by name."""
-    for name, layer in sequence.named_children():
+    for name, layer in sequence._modules.items():  # a layer as often as it is applied
+        assert layer is not None
         if isinstance(layer, nn.Sequential):
             yield from _constants(layer, x, f"{path}{name}.")
         else:
@@ -103,12 +104,17 @@ def _constant(layer: nn.Module, x: Tensor, name: str) -> float:
     if isinstance(layer, _LINEAR):
         size = {"view": "operator"} | ({"input_size": tuple(x.shape[2:])} if x.ndim > 2 else {})
         choose = "matrix" if isinstance(layer, nn.Linear) else {"weight": size}
-        return audit(layer, choose).rows[0].sigma
+        if "weight" in layer._parameters:  # not parametrized
+            rows = audit(layer, choose).rows
+            if rows:  # not standardized
+                return rows[0].sigma
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_var is not None:
         scale = (layer.running_var + layer.eps).rsqrt()
         return float((scale if layer.weight is None else scale * layer.weight).abs().max())
     if isinstance(layer, nn.modules.dropout._DropoutNd):
         return 1.0
+    if isinstance(layer, nn.ELU):
+        return max(1.0, abs(layer.alpha))
     if isinstance(layer, nn.LeakyReLU):
         return max(1.0, abs(layer.negative_slope))
     if isinstance(layer, _POOLS) and _is_without_overlap(layer):
@@ -129,7 +135,7 @@ def _is_without_overlap(pool: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) -> boo
 def _jacobian_norm(function: Callable[[Tensor], Tensor], inputs: Tensor, n: int) -> float:
     """Return the largest norm of the Jacobian over a batch of inputs, by power iteration."""
     x = inputs.detach().requires_grad_()
-    outputs = function(x)
+    outputs = function(x.clone())  # the first layer may work in place
     generator = torch.Generator(device=x.device).manual_seed(0)
     u = torch.randn(outputs.shape, generator=generator, dtype=x.dtype, device=x.device)
     # J^T w is linear in w, so that its derivative gives the products with J.

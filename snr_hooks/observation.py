@@ -4,7 +4,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -35,14 +35,19 @@ class InputSize:
         if self.value is None:
             raise ValueError(
                 f"expected the input size of {self._name!r} to be known, found that no forward "
-                "pass with gradients went through its layer yet: run one, or give input_size in "
-                "choose"
+                "pass with gradients has gone through its layer since the optimizer was wrapped: "
+                "run one, or give input_size in choose"
             )
         return self.value
 
     def watch(self) -> RemovableHandle:
         """Note the size in every forward pass, until the handle is removed."""
-        return self._module.register_forward_pre_hook(_Watcher(self))
+        return self._module.register_forward_pre_hook(_Watcher(self), with_kwargs=True)
+
+    def see(self, images: Tensor) -> None:
+        """Note the size of a batch of images, or of one image."""
+        weight: Any = self._module.weight
+        self.value = tuple(images.shape[2 - weight.ndim :])
 
 
 class _Watcher:
@@ -51,11 +56,11 @@ class _Watcher:
     def __init__(self, size: InputSize | None = None) -> None:
         self._size = None if size is None else weakref.ref(size)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Note the size of the first input."""
         size = None if self._size is None else self._size()
         if size is not None and torch.is_grad_enabled():
-            size.value = tuple(inputs[0].shape[2:])
+            size.see(inputs[0] if inputs else next(iter(named.values())))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Watcher, ()

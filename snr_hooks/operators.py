@@ -209,6 +209,11 @@ class ConvolutionView:
                     known, paddings, self.dilation, weight.shape[2:], self.stride, strict=True
                 )
             ]
+            if min(counts) < 1:
+                raise ValueError(
+                    "expected an input of at least the size of the kernel "
+                    f"{tuple(weight.shape[2:])}, found {known}"
+                )
             return (channels[0], *counts), (channels[1], *known)
         sizes = [
             (count - 1) * stride - sum(padding) + dilation * (kernel - 1) + 1 + extra

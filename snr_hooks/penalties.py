@@ -17,7 +17,7 @@ name                psi(sigma)                  psi'(sigma)
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -45,19 +45,31 @@ class Penalty(NamedTuple):
 
 def hinge(target: float) -> Penalty:
     """Return max(0, sigma - target): a constant pull down, only above the target."""
-    t = _checked_target(target, "hinge")
+    return _hinge(_checked_target(target, "hinge"))
+
+
+@cache  # equal penalties are the same, so that patterns may agree
+def _hinge(t: float) -> Penalty:
     return Penalty(partial(_excess, t), partial(_is_above, t), f"hinge at {t:g}")
 
 
 def squared_hinge(target: float) -> Penalty:
     """Return max(0, sigma - target)^2 / 2: a pull that fades out at the target."""
-    t = _checked_target(target, "squared_hinge")
+    return _squared_hinge(_checked_target(target, "squared_hinge"))
+
+
+@cache
+def _squared_hinge(t: float) -> Penalty:
     return Penalty(partial(_half_squared_excess, t), partial(_excess, t), f"squared hinge at {t:g}")
 
 
 def around(target: float) -> Penalty:
     """Return (sigma - target)^2 / 2: a pull to the target from above and below."""
-    t = _checked_target(target, "around")
+    return _around(_checked_target(target, "around"))
+
+
+@cache
+def _around(t: float) -> Penalty:
     return Penalty(partial(_half_squared_distance, t), partial(_distance, t), f"around {t:g}")
 
 

@@ -74,7 +74,8 @@ class SpectralTerm:
             return 0.0
         if target.strength is not None:
             return self.now(target.strength, f"lambda of {target.name!r}")
-        return self.now(group.get(STRENGTH, self.default), f"{STRENGTH} of a param group")
+        index = self._group_of[id(target.parameter)]
+        return self.now(group.get(STRENGTH, self.default), f"{STRENGTH} of group {index}")
 
     def now(self, strength: Strength, what: str) -> float:
         """Return lambda at this step."""

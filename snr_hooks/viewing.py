@@ -102,11 +102,9 @@ def _through(weight: _Used, views: Mapping[str, View]) -> list[Seen]:
         sources[function.norm_name] = function.gamma
     with torch.no_grad():
         size = function().shape
-    first = next(iter(sources))
     return [
         Seen(name, source, EffectiveView(view, function, source, size, _done_to(function)), part)
         for name, source in sources.items()
-        if source.requires_grad or name == first
         for part, view in views.items()
     ]
 
@@ -190,6 +188,12 @@ def _views(weight: _Used, choice: Choice) -> Mapping[str, View] | None:
         )
     except ValueError as error:
         raise ValueError(f"{weight.name!r}: {error}") from None
+    if maps is None and choice.view == "heads" and (choice.heads or choice.kv_heads):
+        raise ValueError(
+            f"expected heads and kv_heads for projections of attention, found them for "
+            f"{weight.name!r}, which is not known to be one: narrow the pattern, or pass a "
+            "BlockView as view"
+        )
     if maps is None or choice.norm is None:
         return maps
     pooled = choice.norm == "largest"
@@ -199,6 +203,8 @@ def _views(weight: _Used, choice: Choice) -> Mapping[str, View] | None:
 def _operator(weight: _Used, choice: Choice) -> View:
     module, size = weight.place.module, choice.input_size
     n_dimensions = weight.parameter.ndim - 2
+    if size is not None and len(size) == 1:
+        size *= n_dimensions
     if size is not None and len(size) != n_dimensions:
         raise ValueError(
             f"expected input_size of {weight.name!r} to have {n_dimensions} dimensions, found "

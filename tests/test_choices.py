@@ -319,6 +319,74 @@ def test_a_layer_that_is_not_used_is_not_asked_for_its_input_size(decoupled):
         opt.spectral_norms()
 
 
+@pytest.mark.parametrize("products", [0.5, 0.125])
+def test_a_size_of_the_same_length_starts_afresh_too(products):
+    """Portrait after landscape: vectors of one length that mean other pixels."""
+    layer = nn.Conv2d(2, 3, (3, 1), padding=(1, 0)).double()
+    model = nn.Sequential(layer)
+    opt = SNROptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        model,
+        1.0,
+        choose="operator",
+        n_power_iterations=products,
+        n_vectors=8,
+    )
+    for size in ((4, 16), (16, 4), (5, 5)):
+        for _ in range(3):
+            opt.zero_grad()
+            (0 * model(torch.randn(1, 2, *size, dtype=torch.float64)).sum()).backward()
+            opt.step()
+        bare = nn.Conv2d(2, 3, (3, 1), padding=(1, 0), bias=False)
+        exact = torch.linalg.svdvals(operator(bare, layer.weight.detach(), size))[0]
+        assert opt.spectral_norms()["0.weight"] == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_held_terms_of_operators_resume_in_a_new_optimizer():
+    model, other = conv(), conv()
+    options = {"choose": "operator", "lambda_": 0.1, "n_power_iterations": 0.125}
+    opt = SNROptimizer(OPTIMIZERS["adamw"](model.parameters()), model, **options)
+    for _ in range(2):
+        steps_of(model, opt)
+    resumed = SNROptimizer(OPTIMIZERS["adamw"](other.parameters()), other, **options)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for m, o in ((model, opt), (other, resumed)):
+        for _ in range(4):
+            steps_of(m, o)
+    assert distance(model, other) == 0
+
+
+def test_inputs_by_keyword_and_without_a_batch_are_observed():
+    layer = nn.Conv2d(2, 3, 3)
+    opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer, choose="operator")
+    layer(input=torch.randn(1, 2, 5, 6))
+    assert opt.targets[0].view.size.value == (5, 6)
+    layer(torch.randn(2, 7, 8))
+    assert opt.targets[0].view.size.value == (7, 8)
+
+
+def test_a_kernel_larger_than_the_input_is_refused():
+    choose = {"weight": {"view": "operator", "input_size": 2}}
+    with pytest.raises(
+        ValueError, match=r"at least the size of the kernel \(3, 3\), found \(2, 2\)"
+    ):
+        str(discover(nn.Conv2d(2, 3, 3), choose=choose))
+
+
+def test_exact_svd_of_an_operator_is_exact_under_autocast():
+    grads = []
+    for enabled in (False, True):
+        model = conv().float()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        opt = SNROptimizer(base, model, 1.0, choose="operator", exact=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (0 * model(model.example).sum()).backward()
+        grads.append(model.body[0].weight.grad)
+        opt.remove()
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
 # --- saying it ---
 
 
@@ -372,7 +440,7 @@ def test_later_layers_win_and_patterns_complete_each_other():
             "view of 'attn.qkv.weight' to be 'heads' by 'attn.\\*' and 'blocks' by",
         ),
         (
-            {"body.0.weight": {"view": "operator", "input_size": 6}},
+            {"body.0.weight": {"view": "operator", "input_size": [6, 6, 6]}},
             ValueError,
             "input_size of 'body.0.weight' to have 2 dimensions",
         ),
@@ -380,6 +448,19 @@ def test_later_layers_win_and_patterns_complete_each_other():
 )
 def test_bad_choices_are_refused(choose, error, message):
     with pytest.raises(error, match=message):
+        discover(many(), choose=choose)
+
+
+def test_a_choice_says_everything_so_that_a_later_one_takes_back():
+    choose = ["blocks", {"*": Choice(view="matrix")}]
+    assert str(discover(many(), choose=choose)) == str(discover(many()))
+
+
+def test_equal_penalties_do_not_contradict_each_other():
+    choose = {"head.*": {"penalty": {"hinge": 1}}, "*.weight": {"penalty": {"hinge": 1.0}}}
+    assert "hinge at 1" in str(discover(many(), choose=choose))
+    choose["*.weight"] = {"penalty": "sigma"}
+    with pytest.raises(ValueError, match=r"to be hinge at 1 by 'head.\*' and sigma by"):
         discover(many(), choose=choose)
 
 
@@ -391,7 +472,6 @@ def test_own_penalties():
     model = build("mlp")
     choose = {"*.weight": {"penalty": Penalty(cubic, torch.square, "cubic")}}
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    SNROptimizer(base, model, 0.3, choose=choose, exact=True)
     weight = model.body[0].weight
     opt = SNROptimizer(base, model, 0.3, choose=choose, exact=True)
     (weight * 0).sum().backward()

@@ -211,3 +211,68 @@ def test_a_parametrization_is_left_in_the_state_it_was_in():
     model.train()
     discover(model, choose={"*": {"weight": "effective"}})
     assert all(module.training for module in model.modules())
+
+
+def test_other_parameters_can_be_excluded_skipped_and_given_a_lambda():
+    model = made("batch norm")
+    folded = {"*": {"weight": "folded"}}
+
+    def names(**options):
+        return [t.name for t in discover(model, **options).targets]
+
+    kept = ["body.0.weight", "body.2.weight", "body.3.weight", "body.5.weight"]
+    assert names(choose=folded, exclude="body.1.weight") == kept
+    assert names(choose=[folded, {"body.1.weight": "skip"}]) == kept
+    found = discover(model, choose=[folded, {"body.1.weight": {"lambda": 0.5}}])
+    assert [t.strength for t in found.targets] == [None, 0.5, None, None, None]
+
+
+def test_a_gamma_that_is_unfrozen_later_joins():
+    model = made("batch norm")
+    gamma = model.body[1].weight.requires_grad_(False)
+    opt = SNROptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, choose={"*": {"weight": "folded"}}
+    )
+    assert "body.1.weight" not in [t.name for t in opt.targets]
+    gamma.requires_grad_(True)
+    opt.zero_grad()
+    assert "body.1.weight" in [t.name for t in opt.targets]
+
+
+def test_the_cache_of_parametrizations_is_left_alone():
+    model = made("weight norm")
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = SNROptimizer(base, model, choose={"*": {"weight": "effective"}})
+    with parametrize.cached():
+        opt.spectral_norms()
+        model(model.example).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(5, 1)), nn.Parameter(torch.ones(1, 6))
+
+    def forward(self, weight):
+        return weight + self.a @ self.b
+
+
+def test_parameters_of_a_parametrization_get_the_term_also_if_the_weight_is_frozen():
+    layer = nn.Linear(6, 5).double()
+    parametrize.register_parametrization(layer, "weight", LowRank().double())
+    layer.parametrizations.weight.original.requires_grad_(False)
+    base = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    opt = SNROptimizer(base, layer, 0.3, choose={"*": {"weight": "effective"}}, exact=True)
+    low = layer.parametrizations.weight[0]
+    assert [t.parameter for t in opt.targets] == [low.a, low.b]
+    expected = torch.autograd.grad(0.3 * penalty_of([layer.weight]), [low.a, low.b])
+    (0 * layer(torch.ones(1, 6).double()).sum()).backward()
+    torch.testing.assert_close(low.a.grad, expected[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(low.b.grad, expected[1], rtol=1e-10, atol=1e-12)
+
+
+def test_include_knows_the_name_of_what_forward_uses():
+    model = made("weight norm")
+    choose = {"*": {"weight": "effective"}}
+    assert len(discover(model, include="body.0.weight", choose=choose).targets) == 2

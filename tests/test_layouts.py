@@ -149,3 +149,21 @@ def test_a_number_of_heads_that_is_given_and_does_not_divide_is_refused():
     assert target.view.shape(target.parameter) == (6, 2, 4)
     with pytest.raises(ValueError, match="5/5/5 heads for 12 rows of a 12 x 4 weight"):
         discover(model, choose={"qkv.*": {"view": "heads", "heads": 5}})
+
+
+def test_heads_that_are_given_and_cannot_be_used_are_refused():
+    model = nn.Sequential(nn.Linear(16, 48))
+    with pytest.raises(ValueError, match=r"'0.weight', which is not known to be one"):
+        discover(model, choose={"0.weight": {"view": "heads", "heads": 4}})
+    model = GroupedQueries()
+    with pytest.raises(ValueError, match="4/3/3 heads for 24 rows"):
+        discover(model, choose={"qkv.*": {"view": "heads", "kv_heads": 3}})
+
+
+@pytest.mark.parametrize("name", ["to_qkv", "to_kv", "query", "key", "value", "to_out"])
+def test_common_names_of_projections(name):
+    model = nn.Module()
+    model.num_heads = 2
+    model.add_module(name, nn.Linear(12, 12))
+    [target] = discover(model, choose="heads").targets
+    assert target.view.shape(target.parameter)[0] == {"to_qkv": 6, "to_kv": 4}.get(name, 2)

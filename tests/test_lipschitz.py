@@ -72,6 +72,28 @@ def test_slopes_of_activations(kind):
     assert slopes.abs().max() <= _SLOPES[kind] <= slopes.abs().max() * 1.01 + 1e-12
 
 
+def test_a_layer_counts_as_often_as_it_is_applied():
+    layer = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(2 * torch.eye(4))
+    found = lipschitz(nn.Sequential(layer, nn.Identity(), layer), torch.ones(1, 4))
+    assert found.lower == pytest.approx(4)
+    assert found.upper == pytest.approx(4)
+
+
+def test_a_steep_elu_and_a_layer_that_works_in_place():
+    x = torch.full((1, 3), -1e-3)
+    found = lipschitz(nn.Sequential(nn.ELU(3.0, inplace=True)), x)
+    assert 2.9 < found.lower <= found.upper == 3
+    assert (x == -1e-3).all()
+
+
+def test_parametrized_layers_are_refused():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="found '0' of type ParametrizedLinear"):
+        lipschitz(nn.Sequential(layer), torch.ones(1, 2))
+
+
 def test_unknown_layers_and_models_that_are_no_sequences_are_refused():
     with pytest.raises(TypeError, match=r"found '1' of type AvgPool2d: pass a part"):
         lipschitz(nn.Sequential(nn.Identity(), nn.AvgPool2d(2)), torch.randn(1, 2, 4, 4))

@@ -44,7 +44,7 @@ def output(tmp_path_factory):
 
 
 def read(output, part):
-    return json.loads((output / f"{part}.json").read_text())
+    return json.loads((output / f"{part}.json").read_text())["result"]
 
 
 def test_coverage_counts_what_discover_finds(output):
