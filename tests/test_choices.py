@@ -1,17 +1,28 @@
 """What is chosen by pattern, in training, in checkpoints and in error messages."""
 
 import copy
+import gc
 import pickle
 
 import pytest
 import torch
 from _models import Net, build
-from _oracles import as_matrix, penalty_of
+from _oracles import as_matrix, matrix_with, penalty_of
 from test_operators import operator
 from torch import nn
 
-from snr_hooks import Penalty, SNROptimizer, around, audit, discover, hinge, squared_hinge
-from snr_hooks.choices import FAMILIES, VIEWS, Choice
+from snr_hooks import (
+    HALF_SQUARE,
+    SIGMA,
+    Penalty,
+    SNROptimizer,
+    around,
+    audit,
+    discover,
+    hinge,
+    squared_hinge,
+)
+from snr_hooks.choices import FAMILIES, Choice
 
 
 class Attention(nn.Module):
@@ -200,6 +211,69 @@ def test_decoupled_is_not_scaled_with_the_loss_and_not_applied_in_skipped_steps(
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
+def one_step_decoupled(groups, model, step=None):
+    """What a decoupled step without a loss does to each weight, over sigma_1."""
+    base = torch.optim.SGD(groups, lr=0.1)
+    opt = SNROptimizer(base, model, 0.5, decoupled=True, exact=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (step or (lambda opt: (no_loss(model), opt.step())))(opt)
+    opt.remove()
+    return {
+        name: (before[name] - p.detach()).norm().item()
+        / torch.linalg.matrix_norm(before[name], 2).item()
+        for name, p in model.named_parameters()
+        if p.ndim == 2
+    }
+
+
+def no_loss(model):
+    loss = (0 * model(model.example)).sum()
+    loss.backward()
+    return loss
+
+
+def test_decoupled_uses_the_learning_rate_of_each_group_and_shrinks_when_maximizing():
+    model = build("mlp")
+    groups = [
+        {"params": model.body[0].parameters(), "lr": 0.2},
+        {"params": model.body[2].parameters(), "maximize": True},
+    ]
+    change = one_step_decoupled(groups, model)
+    assert change == {"body.0.weight": pytest.approx(0.1), "body.2.weight": pytest.approx(0.05)}
+    norms = [torch.linalg.matrix_norm(model.body[i].weight, 2).item() for i in (0, 2)]
+    fresh = build("mlp")
+    old = [torch.linalg.matrix_norm(fresh.body[i].weight, 2).item() for i in (0, 2)]
+    assert norms[0] < old[0]
+    assert norms[1] < old[1]
+
+
+def test_decoupled_with_a_closure_and_with_gradients_of_others():
+    model = build("mlp")
+
+    def with_closure(opt):
+        opt.step(lambda: no_loss(model).item())
+
+    assert one_step_decoupled(model.parameters(), model, with_closure)["body.0.weight"] == (
+        pytest.approx(0.05)
+    )
+
+    def by_hand(opt):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        opt.step()  # nothing came through a hook, and nothing is missing
+
+    one_step_decoupled(model.parameters(), model, by_hand)
+
+
+def test_after_remove_decoupled_steps_are_plain():
+    model, plain = build("mlp"), build("mlp")
+    opt = SNROptimizer(OPTIMIZERS["sgd"](model.parameters()), model, 0.5, decoupled=True)
+    opt.remove()
+    steps_of(model, opt)
+    steps_of(plain, OPTIMIZERS["sgd"](plain.parameters()))
+    assert distance(model, plain) == 0
+
+
 def test_decoupled_needs_a_learning_rate():
     model = build("mlp")
     base = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -237,6 +311,40 @@ def test_lambda_as_a_function_of_the_step_is_seen_in_the_groups_and_resumes():
     for m, o in ((model, opt), (other, resumed)):
         steps_of(m, o)
     assert distance(model, other) == 0
+
+
+def test_the_schedule_goes_on_where_the_state_says_and_leaves_other_groups_alone():
+    model = build("mlp")
+    first, second = list(model.body[0].parameters()), list(model.body[2].parameters())
+    groups = [{"params": first, "snr_lambda": 0.5}, {"params": second}]
+    opt = SNROptimizer(torch.optim.SGD(groups, lr=0.01), model, ramp)
+    for _ in range(3):
+        steps_of(model, opt)
+    assert [group["snr_lambda"] for group in opt.param_groups] == [0.5, pytest.approx(0.3)]
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][1]["snr_lambda"] = 9.0  # as saved by a run without a schedule
+    state["snr_hooks"]["steps"] = 5
+    opt.load_state_dict(state)
+    assert opt.param_groups[1]["snr_lambda"] == pytest.approx(0.5)
+    plain = {key: value for key, value in state.items() if key != "snr_hooks"}
+    opt.load_state_dict(plain)
+    assert opt.param_groups[1]["snr_lambda"] == pytest.approx(0.5)  # it says nothing of steps
+    model.extra = nn.Linear(2, 2).double()
+    opt.add_param_group({"params": model.extra.parameters()})
+    assert opt.param_groups[2]["snr_lambda"] == pytest.approx(0.5)
+    state["snr_hooks"]["steps"] = -1
+    with pytest.raises(ValueError, match="'steps' of 'snr_hooks' in the state dict"):
+        opt.load_state_dict(state)
+
+
+@pytest.mark.parametrize("bad", [-0.1, float("nan")])
+def test_a_schedule_that_goes_wrong_later_is_refused_then(bad):
+    model = build("mlp")
+    schedule = {"*.weight": {"lambda": lambda step: bad if step else 0.1}}
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, choose=schedule)
+    steps_of(model, opt)
+    with pytest.raises(ValueError, match=r"lambda of 'body.\d.weight' to be finite and >= 0"):
+        steps_of(model, opt)
 
 
 def test_a_chosen_lambda_stands_in_for_that_of_the_group():
@@ -300,6 +408,10 @@ def test_a_run_with_operators_resumes_bitwise_and_copies_watch_for_themselves():
         for _ in range(3):
             steps_of(m, o)
         assert distance(model, m) == 0
+    for m, o in copies:
+        m(torch.randn(1, 2, 8, 6, dtype=torch.float64))
+        assert o.targets[0].view.size.value == (8, 6)
+        assert opt.targets[0].view.size.value == (5, 5)
     ema = copy.deepcopy(model)
     ema(torch.randn(1, 2, 9, 9, dtype=torch.float64).requires_grad_())
     assert opt.targets[0].view.size.value == (5, 5)
@@ -385,6 +497,96 @@ def test_exact_svd_of_an_operator_is_exact_under_autocast():
         grads.append(model.body[0].weight.grad)
         opt.remove()
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dropped_wrapper_leaves_no_hook_that_watches():
+    model = conv()
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, choose="operator")
+    assert model.body[0]._forward_pre_hooks
+    del opt
+    gc.collect()
+    assert not model.body[0]._forward_pre_hooks
+
+
+def test_a_size_that_is_given_is_not_observed():
+    layer = nn.Conv2d(2, 3, 3)
+    choose = {"weight": {"view": "operator", "input_size": 6}}
+    opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer, choose=choose)
+    layer(torch.randn(1, 2, 9, 9))
+    assert opt.targets[0].view.shape(layer.weight) == (3 * 16, 2 * 36)
+    assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (7,)), (nn.Conv3d, (4, 5, 3))])
+def test_sizes_of_other_dimensions_are_observed(kind, size):
+    layer = kind(2, 3, 2)
+    opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer, choose="operator")
+    layer(torch.randn(1, 2, *size))
+    assert opt.targets[0].view.size.value == size
+
+
+def test_a_state_of_another_size_or_view_starts_afresh():
+    model, other = conv(), conv()
+    opt = SNROptimizer(OPTIMIZERS["sgd"](model.parameters()), model, choose="operator")
+    steps_of(model, opt)
+    state = opt.state_dict()
+    matrix = SNROptimizer(OPTIMIZERS["sgd"](other.parameters()), other)
+    steps_of(other, matrix)
+    matrix.remove()
+    resumed = SNROptimizer(OPTIMIZERS["sgd"](other.parameters()), other, choose="operator")
+    resumed.load_state_dict(matrix.state_dict())  # before any forward pass
+    other(torch.randn(1, 2, 9, 9, dtype=torch.float64))
+    resumed.load_state_dict(state)
+    norms = resumed.spectral_norms()
+    exact = audit(resumed).rows[0].sigma
+    assert norms["body.0.weight"] == pytest.approx(exact, rel=1e-2)
+
+
+# --- several singular values, iterated ---
+
+
+@pytest.mark.parametrize("n_vectors", [2, 6])
+def test_iterated_singular_values_are_those_of_the_svd(n_vectors):
+    model = nn.ModuleDict({"lstm": nn.LSTM(6, 6), "fc": nn.Linear(8, 7)}).double()
+    with torch.no_grad():
+        model.fc.weight.copy_(matrix_with([5, 3, 2, 1, 0.5, 0.2, 0.1], 7, 8, 0))
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            blocks = [matrix_with([4 - i / 2, 2, 1, 0.5, 0.2, 0.1], 6, 6, i) for i in range(4)]
+            model.lstm.get_parameter(name).copy_(torch.cat(blocks))
+    choose = {"*": {"view": "blocks", "top": 2}}
+    grads = []
+    for options in ({"exact": True}, {"n_power_iterations": 40, "n_vectors": n_vectors}):
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        opt = SNROptimizer(base, model, 1.0, choose=choose, **options)
+        opt.zero_grad()
+        sum((0 * parameter).sum() for parameter in model.parameters()).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        norms, state = opt.spectral_norms(), opt.state_dict()["snr_hooks"]["vectors"]
+        opt.remove()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-7, atol=1e-8)
+    assert norms == {
+        "lstm.weight_ih_l0": pytest.approx(4),
+        "lstm.weight_hh_l0": pytest.approx(4),
+        "fc.weight": pytest.approx(5),
+    }
+    assert state.keys() == norms.keys()
+
+
+@pytest.mark.parametrize("choose", ["blocks", "operator"])
+def test_weights_in_half_precision(choose):
+    model = nn.Conv2d(4, 6, 3, groups=2, padding=1).bfloat16()
+    opt = SNROptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        1.0,
+        choose=choose,
+        n_power_iterations=20,
+    )
+    (0 * model(torch.ones(1, 4, 5, 5).bfloat16()).sum()).backward()
+    sigma = audit(opt).rows[0].sigma
+    assert opt.spectral_norms()["weight"] == pytest.approx(sigma, rel=1e-3)
+    assert model.weight.grad.float().norm() > 0.1
 
 
 # --- saying it ---
@@ -490,14 +692,33 @@ def test_own_penalties_are_tried_before_they_are_used(derivative, error):
         discover(build("mlp"), choose={"*": {"penalty": Penalty(cubic, derivative)}})
 
 
-@pytest.mark.parametrize("penalty", [hinge(0.5), squared_hinge(0.5), around(0.5), around(2.0)])
+@pytest.mark.parametrize(
+    "penalty", [hinge(0.5), squared_hinge(0.5), around(0.5), around(2.0), SIGMA, HALF_SQUARE]
+)
 def test_a_penalty_and_its_derivative_agree(penalty):
     sigma = torch.tensor([0.1, 0.4, 0.6, 3.0], dtype=torch.float64, requires_grad=True)
     [slope] = torch.autograd.grad(penalty.value(sigma).sum(), sigma)
     torch.testing.assert_close(penalty.derivative(sigma.detach()), slope)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_are_choices_by_name(family):
-    assert len(discover(many(), choose=family).targets) >= 6
-    assert FAMILIES[family]["*"]["view"] in VIEWS
+def test_at_the_target_and_at_zero_nothing_is_pulled():
+    assert hinge(0.5).derivative(torch.tensor([0.5])) == 0
+    assert SIGMA.derivative(torch.tensor([0.0])) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "qkv", "convolution"),
+    [
+        ("residual", "3 maps (q k v) of 6 x 6", "2 groups of 2 x 18"),
+        ("mixer", "3 maps (q k v) of 6 x 6", "2 groups of 2 x 18"),
+        ("vit", "6 heads of 3 x 6", "2 groups of 2 x 18"),
+        ("mobile", "3 maps (q k v) of 6 x 6", "folded with body.3"),
+    ],
+)
+def test_families_are_choices_by_name(family, qkv, convolution):
+    model = many()
+    model.body[3] = nn.BatchNorm2d(4)
+    found = {t.name: t.view.describe(t.parameter) for t in discover(model, choose=family).targets}
+    assert qkv in found["attn.qkv.weight"]
+    assert convolution in found["body.2.weight"]
+    assert set(FAMILIES) == {"residual", "mixer", "vit", "mobile"}
