@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from snr_hooks import discover
 from snr_hooks.layouts import Projection
 
 seeds = st.integers(0, 2**31)
@@ -159,3 +160,35 @@ def test_output_projections_are_cut_along_columns(heads, d, out, seed):
     view = projection.views(weight, per_head=True)[""]
     for block, expected in zip(view.matrix(weight), weight.chunk(heads, dim=1), strict=True):
         assert torch.equal(block, expected)
+
+
+def test_products_that_were_prepared_read_the_weight_as_it_is_by_then():
+    """Of a grouped transposed convolution no matrix is a view: it is copied at every call."""
+    layer = nn.ConvTranspose2d(4, 6, 2, groups=2).double()
+    [target] = discover(layer, choose="blocks").targets
+    weight = layer.weight.detach()
+    n_blocks, m, n = target.view.shape(weight)
+    v, u = randn(n_blocks, 2, n), randn(n_blocks, 2, m)
+    right, left = v.new_empty(n_blocks, m, 2), v.new_empty(n_blocks, 2, n)
+    products = target.view.matvec(weight, v, right), target.view.rmatvec(weight, u, left)
+    weight.mul_(-2)
+    for product in products:
+        product()
+    matrices = torch.stack(of_groups(layer, weight))
+    torch.testing.assert_close(right, matrices @ v.mT)
+    torch.testing.assert_close(left, u @ matrices)
+
+
+def test_separate_projections_of_attention_and_projected_lstms():
+    module = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    shapes = {t.name: t.view.shape(t.parameter) for t in discover(module, choose="heads").targets}
+    assert shapes == {
+        "q_proj_weight": (2, 2, 4),
+        "k_proj_weight": (2, 2, 3),
+        "v_proj_weight": (2, 2, 5),
+        "out_proj.weight": (2, 4, 2),
+    }
+    found = discover(nn.LSTM(3, 4, proj_size=2), choose="blocks")
+    shapes = {t.name: t.view.shape(t.parameter) for t in found.targets}
+    assert shapes == {"weight_ih_l0": (4, 4, 3), "weight_hh_l0": (4, 4, 2)}
+    assert [skip.name for skip in found.skipped] == ["weight_hr_l0"]

@@ -276,3 +276,106 @@ def test_include_knows_the_name_of_what_forward_uses():
     model = made("weight norm")
     choose = {"*": {"weight": "effective"}}
     assert len(discover(model, include="body.0.weight", choose=choose).targets) == 2
+
+
+def trajectory(model, choose, penalty, n=5):
+    """How far five wrapped steps are from five with a penalty in the loss."""
+    reference = copy.deepcopy(model)
+    sgd = lambda m: torch.optim.SGD(m.parameters(), lr=0.03)  # noqa: E731
+    train(model, SNROptimizer(sgd(model), model, 0.05, choose=choose, exact=True), n)
+    train(reference, sgd(reference), n, lambda m: 0.05 * penalty(m))
+    return distance(model, reference)
+
+
+@pytest.mark.parametrize("kind", ["standardized", "parametrized"])
+def test_folding_what_is_standardized_or_parametrized(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = StdConv2d(2, 4, 3, padding=0)
+        if kind == "parametrized":
+            layer = parametrizations.weight_norm(nn.Conv2d(2, 4, 3))
+        model = Net(nn.Sequential(layer, nn.BatchNorm2d(4), nn.Flatten()), 3, 2, 5, 5).double()
+    model.eval()
+
+    def penalty(m):
+        conv, norm = m.body[0], m.body[1]
+        rows = standard(conv) if kind == "standardized" else conv.weight.flatten(1)
+        return penalty_of([rows * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None]])
+
+    assert trajectory(model, {"*": {"weight": "folded"}}, penalty) <= 1e-12
+
+
+def test_folding_into_an_operator_observes_its_input():
+    model = made("batch norm").eval()
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    opt = SNROptimizer(base, model, choose={"*": {"view": "operator", "weight": "folded"}})
+    for size in ((5, 5), (5, 5)):
+        model(torch.randn(1, 2, *size, dtype=torch.float64))
+    [conv, *_] = opt.targets
+    assert conv.view.shape(conv.parameter) == (4 * 9, 2 * 25)
+    model.body[0](torch.randn(1, 2, 7, 6, dtype=torch.float64))
+    assert conv.view.version == (7, 6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "n_targets", "is_folded"),
+    [
+        (nn.BatchNorm2d(4), 2, True),
+        (nn.BatchNorm2d(4, affine=False), 1, True),
+        (nn.BatchNorm2d(4, track_running_stats=False), 1, False),
+        (nn.BatchNorm2d(8), 1, False),
+        (nn.ReLU(), 1, False),
+    ],
+)
+def test_which_norms_are_folded(norm, n_targets, is_folded):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), norm)
+    found = discover(model, choose={"*": {"weight": "folded"}})
+    assert len(found.targets) == n_targets
+    assert ("folded with 1" in str(found)) == is_folded
+    view = found.targets[0].view
+    expected = model[0].weight.detach().flatten(1) / (1 + 1e-5) ** (0.5 if is_folded else 0)
+    torch.testing.assert_close(view.matrix(model[0].weight.detach()), expected)
+
+
+class Counting(nn.Module):
+    """A parametrization with a state that moves in training, as batch norms have."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.frozen_part = nn.Identity()
+
+    def forward(self, weight):
+        if self.training:
+            self.calls += 1
+        return self.frozen_part(2 * weight)
+
+
+def test_the_state_of_a_parametrization_does_not_move():
+    layer = nn.Linear(3, 2)
+    parametrize.register_parametrization(layer, "weight", Counting())
+    counting = layer.parametrizations.weight[0]
+    counting.frozen_part.eval()
+    before = counting.calls.item()
+    base = torch.optim.SGD(layer.parameters(), lr=0.1)
+    opt = SNROptimizer(base, layer, choose={"*": {"weight": "effective"}})
+    opt.spectral_norms()
+    assert counting.calls.item() == before
+    assert counting.training
+    assert not counting.frozen_part.training
+
+
+def test_an_effective_weight_in_half_precision():
+    model = parametrizations.weight_norm(nn.Linear(8, 6)).bfloat16()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = SNROptimizer(base, model, 1.0, choose={"*": {"weight": "effective"}})
+    (0 * model(torch.ones(1, 8).bfloat16()).sum()).backward()
+    assert all(t.parameter.grad.abs().sum() > 0 for t in opt.targets)
+
+
+def test_frozen_sources_are_no_targets():
+    model = made("weight norm")
+    path = "body.0.parametrizations.weight"
+    model.get_parameter(f"{path}.original0").requires_grad_(False)
+    found = discover(model, choose={"*": {"weight": "effective"}})
+    assert [t.name for t in found.targets] == [f"{path}.original1", "body.2.weight"]

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
-from timm.layers import attention, mlp
-from timm.models import davit, gcvit, hiera, levit, maxxvit, nest, pvt_v2, tiny_vit
+from timm.layers import attention, bottleneck_attn, halo_attn, lambda_layer, mlp
+from timm.models import (
+    davit,
+    gcvit,
+    hiera,
+    levit,
+    maxxvit,
+    mobilevit,
+    nest,
+    pvt_v2,
+    shvit,
+    tiny_vit,
+    vision_transformer,
+)
 from torch import nn
 
 from snr_hooks import SNROptimizer, discover
@@ -43,9 +55,9 @@ MODULES = {
 class Wrapped(nn.Module):
     """An attention module, called with what it wants beside its input."""
 
-    def __init__(self, attn, size):
+    def __init__(self, attn):
         super().__init__()
-        self.attn, self.size = attn, size
+        self.attn = attn
 
     def forward(self, x):
         if isinstance(self.attn, pvt_v2.Attention):
@@ -68,7 +80,7 @@ def heads_of(view, n_heads):
 def test_a_head_reaches_the_output_through_its_columns_alone(name):
     make, shape, projection = MODULES[name]
     torch.manual_seed(0)
-    model = Wrapped(make(), shape).double().eval()
+    model = Wrapped(make()).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) / 2)
@@ -77,7 +89,6 @@ def test_a_head_reaches_the_output_through_its_columns_alone(name):
     rows = [t for t in found if t.parameter_name == f"attn.{projection}.weight"]
     [columns] = [t for t in found if t.name.startswith("attn.proj") and t.view.rows == (0,)]
     with torch.no_grad():
-        columns.view.matrix(columns.parameter)  # a view: what is written is written to the weight
         columns.view._arranged(columns.parameter)[0].zero_()  # the first of two heads
         before = model(x)
         for target in rows:
@@ -108,6 +119,7 @@ class GroupedQueries(nn.Module):
         self.qkv = nn.Linear(5, 8 * 3)
         self.k_proj = nn.Linear(5, 2 * 3)
         self.q_proj = nn.Linear(5, 4 * 3)
+        self.v_proj = nn.Linear(5, 2 * 3)
         self.out_proj = nn.Linear(4 * 3, 5)
 
 
@@ -118,6 +130,7 @@ def test_grouped_queries():
         "qkv.weight": (8, 3, 5),
         "k_proj.weight": (2, 3, 5),
         "q_proj.weight": (4, 3, 5),
+        "v_proj.weight": (2, 3, 5),
         "out_proj.weight": (4, 5, 3),
     }
     shapes = {t.name: t.view.shape(t.parameter) for t in discover(model, choose="blocks").targets}
@@ -127,6 +140,7 @@ def test_grouped_queries():
         "qkv.weight[v]": (1, 6, 5),
         "k_proj.weight": (6, 5),
         "q_proj.weight": (12, 5),
+        "v_proj.weight": (6, 5),
         "out_proj.weight": (5, 12),
     }
 
@@ -167,3 +181,92 @@ def test_common_names_of_projections(name):
     model.add_module(name, nn.Linear(12, 12))
     [target] = discover(model, choose="heads").targets
     assert target.view.shape(target.parameter)[0] == {"to_qkv": 6, "to_kv": 4}.get(name, 2)
+
+
+def test_given_numbers_of_heads_win_over_those_of_the_module():
+    model = nn.Module()
+    model.num_heads = 2
+    model.qkv = nn.Linear(4, 24)
+    choose = {"qkv.*": {"view": "heads", "heads": 4, "kv_heads": 2}}
+    [target] = discover(model, choose=choose).targets
+    assert target.view.shape(target.parameter) == (8, 3, 4)
+
+
+def test_numbers_of_a_module_that_do_not_fit_leave_the_matrix():
+    model = nn.Module()
+    model.num_heads = 3
+    model.qkv = nn.Linear(4, 16)
+    [target] = discover(model, choose="heads").targets
+    assert target.view.shape(target.parameter) == (16, 4)
+
+
+def rows_of(owner, name, choose="blocks"):
+    """The rows of a projection that each of its maps has, by name."""
+    places = torch.arange(owner.get_submodule(name).weight.shape[0])
+    found = {}
+    for target in discover(owner, choose=choose).targets:
+        if target.parameter_name == f"{name}.weight":
+            weight = places.view(-1, 1).expand(-1, target.parameter[0].numel())
+            weight = weight.reshape(target.parameter.shape)
+            blocks = target.view.matrix(weight)[:, :, 0].tolist()
+            found |= {target.part or target.view.unit: blocks}
+    return found
+
+
+def span(start, size):
+    return list(range(start, start + size))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "expected"),
+    [
+        (
+            lambda: bottleneck_attn.BottleneckAttn(32, feat_size=(2, 2), num_heads=2, qk_ratio=0.5),
+            "qkv",
+            {"[q]": [span(0, 16)], "[k]": [span(16, 16)], "[v]": [span(32, 32)]},
+        ),
+        (
+            lambda: lambda_layer.LambdaLayer(8, feat_size=(2, 2), num_heads=2, dim_head=3),
+            "qkv",
+            {"[q]": [span(0, 6)], "[k]": [span(6, 3)], "[v]": [span(9, 4)]},
+        ),
+        (
+            lambda: mobilevit.LinearSelfAttention(6),
+            "qkv_proj",
+            {"[q]": [[0]], "[k]": [span(1, 6)], "[v]": [span(7, 6)]},
+        ),
+        (
+            lambda: shvit.SHSA(8, 2, 4, nn.BatchNorm2d, nn.Identity),
+            "qkv.c",
+            {"[q]": [span(0, 2)], "[k]": [span(2, 2)], "[v]": [span(4, 4)]},
+        ),
+        (
+            lambda: halo_attn.HaloAttn(32, num_heads=2, block_size=2, halo_size=1, qk_ratio=0.5),
+            "kv",
+            {"[k]": [span(0, 8) + span(24, 8)], "[v]": [span(8, 16) + span(32, 16)]},
+        ),
+        (
+            lambda: vision_transformer.ParallelScalingBlock(4, 2, mlp_ratio=2.0),
+            "in_proj",
+            {
+                "[mlp]": [span(0, 8)],
+                "[q]": [span(8, 4)],
+                "[k]": [span(12, 4)],
+                "[v]": [span(16, 4)],
+            },
+        ),
+        (lambda: pvt_v2.Attention(4, num_heads=2), "kv", {"maps (k v)": [span(0, 4), span(4, 4)]}),
+    ],
+)
+def test_rows_of_unequal_parts(make, name, expected):
+    assert rows_of(make(), name) == expected
+
+
+def test_heads_of_unequal_parts():
+    block = vision_transformer.ParallelScalingBlock(4, 2, mlp_ratio=2.0)
+    assert rows_of(block, "in_proj", "heads") == {
+        "[mlp]": [span(0, 8)],
+        "[q]": [[8, 9], [10, 11]],
+        "[k]": [[12, 13], [14, 15]],
+        "[v]": [[16, 17], [18, 19]],
+    }

@@ -154,3 +154,85 @@ def test_an_operator_too_large_for_an_svd_is_iterated_until_it_converges(monkeyp
     with torch.no_grad():
         broken.weight[0, 0, 0, 0] = torch.nan
     assert math.isnan(audit(broken, choose).rows[0].sigma)
+
+
+def test_batch_norms():
+    norm = nn.BatchNorm1d(2).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([-3.0, 1.0]))
+        norm.running_var.copy_(torch.tensor([1.0, 1e-5]))
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    found = lipschitz(nn.Sequential(norm), x)
+    assert found.upper == pytest.approx(1 / (2e-5) ** 0.5)
+    assert found.lower == pytest.approx(found.upper)
+    plain = nn.BatchNorm1d(2, affine=False).double()
+    assert lipschitz(nn.Sequential(plain), x).upper == pytest.approx(1, rel=1e-4)
+    with torch.no_grad():
+        norm.running_var.fill_(1)
+    assert lipschitz(nn.Sequential(norm), x).upper == pytest.approx(3, rel=1e-4)
+
+
+class Steeper(nn.ReLU):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (Steeper(), (1, 2)),
+        (nn.BatchNorm1d(2, track_running_stats=False), (2, 2)),
+        (nn.MaxPool2d((3, 1), (2, 1)), (1, 1, 5, 4)),
+        (nn.MaxPool1d(2, 2, dilation=2), (1, 1, 6)),
+    ],
+)
+def test_other_layers_whose_constants_are_not_known(layer, shape):
+    with pytest.raises(TypeError, match=f"found '0' of type {type(layer).__name__}"):
+        lipschitz(nn.Sequential(layer), torch.randn(shape))
+
+
+def test_the_largest_over_the_batch_and_over_both_slopes():
+    model = nn.Sequential(nn.LeakyReLU(3.0))
+    found = lipschitz(model, torch.tensor([[1.0], [-1.0]]))
+    assert found.lower == pytest.approx(3)
+    assert found.upper == 3
+
+
+def test_modules_in_evaluation_stay_there():
+    model = network()
+    model[2].eval()
+    lipschitz(model, inputs())
+    assert model.training
+    assert model[0].training
+    assert not model[2].training
+
+
+def test_comparisons_tell_before_from_after():
+    before, after = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        before.weight.copy_(torch.eye(3))
+        after.weight.copy_(torch.diag(torch.tensor([2.0, 0.0, 0.0])))
+    [row] = compare(before, after)
+    assert (row.before, row.after) == (1, 2)
+    assert (row.rank_before, row.rank_after) == (pytest.approx(3), pytest.approx(1))
+    with torch.no_grad():
+        before.weight.zero_()
+    assert " -  " in str(compare(before, after))
+    first = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+    second = nn.ModuleDict({"b": nn.Linear(1, 1), "a": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match="found another order in one of them only"):
+        compare(first, second)
+
+
+def test_spectra_of_blocks_are_sorted_and_not_finite_ones_are_as_long():
+    layer = nn.Conv2d(4, 4, 1, groups=2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, 0, 0, 2, 3, 0, 0, 4]).view(4, 2, 1, 1))
+    assert spectra(layer, "blocks")["weight"].tolist() == [4, 3, 2, 1]
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    assert spectra(layer, "blocks")["weight"].isnan().tolist() == [True] * 4
+
+
+def test_stable_rank_of_large_half_precision_values():
+    assert stable_rank(torch.tensor([300.0, 300.0]).half()) == 2

@@ -5,6 +5,7 @@ import torch
 from _oracles import penalty_of, products_of, term_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
 from torch import nn
 from torch.func import functional_call
 
@@ -92,3 +93,44 @@ def test_the_norm_is_that_of_the_fft_for_circular_padding(size):
     [target] = discover(module, choose={"weight": {"view": "operator", "input_size": size}}).targets
     found = torch.linalg.svdvals(target.view.matrix(kernel))[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Conv2dSame, StdConv2dSame, ScaledStdConv2dSame])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 2), (2, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize("size", [(5, 6), (7, 8)])
+def test_convolutions_of_timm_that_pad_by_the_size_of_the_input(kind, kernel, stride, size):
+    module = kind(2, 3, kernel, stride=stride, bias=False).double()
+    choose = {"weight": {"view": "operator", "weight": "effective", "input_size": size}}
+    target = discover(module, choose=choose).targets[0]
+    torch.testing.assert_close(
+        target.view.matrix(module.weight), operator(module, module.weight, size).detach()
+    )
+
+
+def test_what_an_operator_is_called():
+    size = {"view": "operator", "input_size": (5, 5)}
+    [target] = discover(nn.Conv2d(2, 3, 3), choose={"weight": size}).targets
+    assert target.view.describe(target.parameter) == (
+        "convolution as operator, 2 x 5 x 5 to 3 x 3 x 3"
+    )
+    [target] = discover(nn.ConvTranspose2d(2, 3, 3), choose={"weight": size}).targets
+    assert target.view.describe(target.parameter) == (
+        "transposed convolution as operator, 2 x 5 x 5 to 3 x 7 x 7"
+    )
+
+
+def test_an_operator_that_is_too_large_is_not_written_out(monkeypatch):
+    monkeypatch.setattr("snr_hooks.operators._LARGEST_MATRIX", 10)
+    choose = {"weight": {"view": "operator", "input_size": (5, 5)}}
+    [target] = discover(nn.Conv2d(2, 3, 3), choose=choose).targets
+    with pytest.raises(ValueError, match="small enough to be written out, found an operator of 27"):
+        target.view.matrix(target.parameter)
+
+
+def test_what_is_no_convolution_is_seen_as_blocks():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.MultiheadAttention(4, 2))
+    found = {
+        t.name: t.view.describe(t.parameter) for t in discover(model, choose="operator").targets
+    }
+    assert found["1.in_proj_weight"].startswith("3 maps (q k v)")
+    assert found["1.out_proj.weight"].startswith("4 x 4 matrix")
