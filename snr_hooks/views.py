@@ -262,7 +262,7 @@ class ShardedView:
     def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
         """Prepare the addition of this process's part of u v^T to its part of a gradient."""
         rows, columns = self._rows_and_columns(weight)
-        add = self.view.adder(local(weight), u[rows], v[columns])
+        add = self.view.adder(local(weight), u[..., rows], v[..., columns])
         return lambda grad, factor: add(local(grad), factor)
 
     def describe(self, weight: Tensor) -> str:

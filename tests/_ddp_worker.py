@@ -96,16 +96,22 @@ def trajectories(folder):
         "small_buckets": (plain_loop, {"bucket_cap_mb": 1e-4}, sgd),
         "find_unused": (plain_loop, {"find_unused_parameters": True}, sgd),
         "zero": (plain_loop, {}, lambda parameters: zero(parameters)),
+        "operators": (plain_loop, {}, sgd),
+        "decoupled": (accumulating_loop, {}, sgd),
     }
+    wrapping = {"operators": {"choose": "operator"}, "decoupled": {"decoupled": True}}
     found = {}
     for name, (loop, options, make) in cases.items():
         reference, unregularized = network(), network()
-        loop(reference, SNROptimizer(sgd(reference.parameters()), reference, LAMBDA), 50, whole)
+        how = wrapping.get(name, {})
+        base = sgd(reference.parameters())
+        loop(reference, SNROptimizer(base, reference, LAMBDA, **how), 50, whole)
         loop(unregularized, sgd(unregularized.parameters()), 50, whole)
         model = network()
         replica = DistributedDataParallel(model, **options)
         # Over the replica or the model inside: it is the same.
-        opt = SNROptimizer(make(replica.parameters()), replica if "find" in name else model, LAMBDA)
+        wrapped = replica if "find" in name else model
+        opt = SNROptimizer(make(replica.parameters()), wrapped, LAMBDA, **how)
         loop(replica, opt, 50, mine)
         found[name] = {
             "from_reference": distance(model, reference),

@@ -93,12 +93,15 @@ def trajectories(folder):
         "iteration": (sgd, {"n_power_iterations": 1.0, "n_vectors": 3}, {}),
         "every_other_step": (sgd, {"n_power_iterations": 0.25}, {}),
         "exact": (sgd, {"exact": True}, {}),
+        "decoupled": (adamw, {"decoupled": True, "lambda_": 0.5}, {}),
+        "two_values": (sgd, {"choose": {"*": {"top": 2, "penalty": {"hinge": 0.1}}}}, {}),
     }
     for name, (make, options, loop) in cases.items():
         reference, plain, sharded = network(), network(), shard(network())
-        train(reference, SNROptimizer(make(reference), reference, LAMBDA, **options), 20, **loop)
+        options = {"lambda_": LAMBDA} | options
+        train(reference, SNROptimizer(make(reference), reference, **options), 20, **loop)
         train(plain, make(plain), 20, **loop)
-        opt = SNROptimizer(make(sharded), sharded, LAMBDA, **options)
+        opt = SNROptimizer(make(sharded), sharded, **options)
         train(sharded, opt, 20, part=mine, **loop)
         found[name] = {
             "from_reference": distance(sharded, reference),

@@ -12,6 +12,8 @@ TRAJECTORIES = [
     "small_buckets",
     "find_unused",
     "zero",
+    "operators",
+    "decoupled",
 ]
 
 
@@ -25,7 +27,7 @@ def test_fifty_steps_equal_those_of_one_process_on_the_joined_batch(found, case)
             "extra.weight",
         ]
         assert rank[case]["from_reference"] <= 5e-12
-        assert rank[case]["from_plain"] > 0.1
+        assert rank[case]["from_plain"] > 0.05
 
 
 def test_parameters_and_vectors_are_bitwise_the_same_on_all_ranks(found):

@@ -11,6 +11,8 @@ TRAJECTORIES = [
     "iteration",
     "every_other_step",
     "exact",
+    "decoupled",
+    "two_values",
 ]
 
 
