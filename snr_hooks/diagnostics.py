@@ -265,21 +265,28 @@ def _row(target: Target, estimate: float | None) -> AuditRow:
     weight, view = target.parameter, target.view.describe(target.parameter)
     values = _singular_values(target)
     sigma = float(values[0])
-    rank = stable_rank(values) if _is_written_out(target) else None
+    rank = stable_rank(values) if is_written_out(target) else None
     error = None
     if estimate is not None:
         error = 0.0 if estimate == sigma else (sigma - estimate) / sigma if sigma else math.inf
     return AuditRow(target.name, tuple(weight.shape), view, estimate, sigma, error, rank)
 
 
-def _is_written_out(target: Target) -> bool:
-    """Whether the matrix is not much larger than the weight, or small."""
+def is_written_out(target: Target) -> bool:
+    """Return whether the matrix is not much larger than the weight, or small: then an SVD is taken.
+
+    Args:
+        target: What is seen, the sizes of its inputs known.
+
+    Returns:
+        False for the operators of convolutions on large images.
+    """
     entries = math.prod(target.view.shape(target.parameter))
     return entries <= max(4 * target.parameter.numel(), _LARGEST_MATRIX)
 
 
 def _singular_values(target: Target) -> Tensor:
-    if not _is_written_out(target):
+    if not is_written_out(target):
         return _converged(target)
     matrix = target.view.matrix(target.parameter.detach()).to("cpu", torch.float64)
     *batch, m, n = matrix.shape

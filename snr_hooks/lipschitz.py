@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from snr_hooks.diagnostics import audit
+from snr_hooks.diagnostics import is_written_out
+from snr_hooks.discovery import Target, linear_maps
+from snr_hooks.operators import ConvolutionView
 
 # The largest slope of each, in float64 by a fine grid; the tests find it again.
 _SLOPES: dict[type[nn.Module], float] = {
@@ -44,8 +46,8 @@ class Lipschitz(NamedTuple):
 
     Attributes:
         lower: The largest norm of a Jacobian at the inputs that were given.
-        upper: The product of the constants of all layers. The norms of operators too large
-            for an SVD are iterated, and a little low; see ``AuditRow``.
+        upper: The product of the constants of all layers. Of a convolution too large for an
+            SVD that is an upper bound of its norm, by the Fourier transform.
         layers: The constant of each layer by its name.
     """
 
@@ -104,10 +106,9 @@ def _constant(layer: nn.Module, x: Tensor, name: str) -> float:
     if isinstance(layer, _LINEAR):
         size = {"view": "operator"} | ({"input_size": tuple(x.shape[2:])} if x.ndim > 2 else {})
         choose = "matrix" if isinstance(layer, nn.Linear) else {"weight": size}
-        if "weight" in layer._parameters:  # not parametrized
-            rows = audit(layer, choose).rows
-            if rows:  # not standardized
-                return rows[0].sigma
+        maps = linear_maps(layer, choose) if "weight" in layer._parameters else []
+        if maps:  # neither parametrized nor standardized
+            return _norm(maps[0])
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_var is not None:
         scale = (layer.running_var + layer.eps).rsqrt()
         return float((scale if layer.weight is None else scale * layer.weight).abs().max())
@@ -125,6 +126,13 @@ def _constant(layer: nn.Module, x: Tensor, name: str) -> float:
         f"expected layers whose Lipschitz constants are known, found {name!r} of type "
         f"{type(layer).__name__}: pass a part of the model without it"
     )
+
+
+def _norm(target: Target) -> float:
+    """Return the norm of a linear layer, or an upper bound of it."""
+    if isinstance(target.view, ConvolutionView) and not is_written_out(target):
+        return target.view.bound(target.parameter)
+    return float(torch.linalg.svdvals(target.view.matrix(target.parameter.detach()).double())[0])
 
 
 def _is_without_overlap(pool: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) -> bool:

@@ -136,6 +136,45 @@ class ConvolutionView:
         ends = (large, small) if self.output_padding is None else (small, large)
         return f"{kind} as operator, {dimensions(ends[0])} to {dimensions(ends[1])}"
 
+    def bound(self, weight: Tensor) -> float:
+        """Return an upper bound of the norm, however large the images are.
+
+        Without its padding, the kernel map is a part of the circular convolution on the padded
+        image, which the Fourier transform makes block-diagonal (Sedghi et al. 2019, theorem 6):
+        its norm is the largest over all frequencies. Padding by zeros keeps norms; by copies, it
+        enlarges them at most by the root of how often an entry is copied along each axis.
+
+        Args:
+            weight: The weight.
+
+        Returns:
+            The bound; close to the norm where the image is large, and padded by zeros.
+        """
+        _, (_, *sizes) = self._images(weight)
+        paddings = self._paddings(weight)
+        kernel = weight.detach().double().view(self.groups, -1, *weight.shape[1:])
+        pairs = zip(self.dilation, kernel.shape[3:], strict=True)
+        shape = [dilation * (size - 1) + 1 for dilation, size in pairs]
+        dilated = kernel.new_zeros(*kernel.shape[:3], *shape)
+        spread = dilated
+        for axis, dilation in enumerate(self.dilation, start=3):
+            spread = spread.movedim(axis, 0)[::dilation].movedim(0, axis)
+        spread.copy_(kernel)
+        axes = tuple(range(3, kernel.ndim))
+        padded = [
+            max(size + sum(padding), least)
+            for size, padding, least in zip(sizes, paddings, shape, strict=True)
+        ]
+        transform = torch.fft.rfftn(dilated, padded, axes)
+        blocks = transform.flatten(3).permute(0, 3, 1, 2)
+        largest = float(torch.linalg.svdvals(blocks).max())
+        copies = 1
+        if self.mode != "zeros":
+            for size, padding in zip(sizes, paddings, strict=True):
+                places = torch.empty(1, 1, size)
+                copies *= int(self._sources(places, 2, padding).bincount().max())
+        return largest * math.sqrt(copies)
+
     # --- the kernel map and its adjoint ---
 
     def _forward(self, weight: Tensor, v: Tensor) -> Tensor:

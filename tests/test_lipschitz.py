@@ -236,3 +236,12 @@ def test_spectra_of_blocks_are_sorted_and_not_finite_ones_are_as_long():
 
 def test_stable_rank_of_large_half_precision_values():
     assert stable_rank(torch.tensor([300.0, 300.0]).half()) == 2
+
+
+def test_the_bound_of_a_large_convolution_holds(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False)).double()
+    exact = lipschitz(model, inputs())
+    monkeypatch.setattr("snr_hooks.diagnostics._LARGEST_MATRIX", 0)
+    bounded = lipschitz(model, inputs(), n_iterations=500)
+    assert exact.upper < bounded.upper < 1.3 * exact.upper
+    assert bounded.lower == pytest.approx(exact.upper, rel=1e-3)

@@ -134,3 +134,27 @@ def test_what_is_no_convolution_is_seen_as_blocks():
     }
     assert found["1.in_proj_weight"].startswith("3 maps (q k v)")
     assert found["1.out_proj.weight"].startswith("4 x 4 matrix")
+
+
+@settings(max_examples=150)
+@pytest.mark.filterwarnings("ignore:Using padding=.same.")
+@given(case=layers())
+def test_the_bound_holds(case):
+    module, size = case
+    try:
+        exact = operator(module, module.weight.detach(), size)
+    except RuntimeError:
+        assume(False)
+    assume(exact.numel() > 0)
+    choose = {"weight": {"view": "operator", "input_size": size}}
+    [target] = discover(module, choose=choose).targets
+    bound = target.view.bound(target.parameter)
+    assert bound >= torch.linalg.matrix_norm(exact, 2) * (1 - 1e-12)
+
+
+def test_the_bound_is_close_on_large_images():
+    module = nn.Conv2d(2, 3, 3, padding=1, bias=False, dtype=torch.float64)
+    choose = {"weight": {"view": "operator", "input_size": (16, 16)}}
+    [target] = discover(module, choose=choose).targets
+    exact = torch.linalg.matrix_norm(operator(module, module.weight.detach(), (16, 16)), 2)
+    assert exact <= target.view.bound(target.parameter) <= 1.05 * exact
