@@ -96,7 +96,7 @@ def _through(weight: _Used, views: Mapping[str, View]) -> list[Seen]:
     """Return each stored parameter of which forward uses a function."""
     function = weight.function
     assert function is not None
-    path = weight.name.removesuffix("weight")
+    path = weight.name.removesuffix(weight.place.attribute)
     sources = {path + name: source for name, source in function.sources().items()}
     if isinstance(function, Folded) and function.gamma is not None:
         sources[function.norm_name] = function.gamma

@@ -379,3 +379,15 @@ def test_frozen_sources_are_no_targets():
     model.get_parameter(f"{path}.original0").requires_grad_(False)
     found = discover(model, choose={"*": {"weight": "effective"}})
     assert [t.name for t in found.targets] == [f"{path}.original1", "body.2.weight"]
+
+
+def test_parametrized_tensors_of_other_names():
+    module = nn.MultiheadAttention(4, 2).double()
+    parametrize.register_parametrization(module, "in_proj_weight", Symmetric())
+    found = discover(module, choose={"*": {"view": "heads", "weight": "effective"}}).targets
+    names = {t.name: t.view.describe(t.parameter) for t in found}
+    assert names["parametrizations.in_proj_weight.original"] == (
+        "6 heads of 2 x 4, each, parametrized"
+    )
+    for target in found:
+        assert module.get_parameter(target.parameter_name) is target.parameter
