@@ -100,7 +100,7 @@ def discover(
     model: nn.Module,
     include: Selection = None,
     exclude: Selection = None,
-    choose: Choose = None,
+    choose: Choose | Choices = None,
 ) -> Discovery:
     """Find the weights of a model that can be regularized.
 
@@ -109,8 +109,8 @@ def discover(
         include: If given, only parameters it matches: shell patterns on the names
             (``"layer4.*"``, or several), or a predicate ``name -> bool``.
         exclude: Parameters it matches are skipped; it wins over ``include``.
-        choose: How weights are regularized, as described in ``choices``. None: each as the
-            paper's matrix.
+        choose: How weights are regularized, as described in ``choices``, or that already
+            read. None: each as the paper's matrix.
 
     Returns:
         The targets, and all else of two or more dimensions with the reason. A parameter
@@ -157,7 +157,7 @@ def discover(
     return Discovery(tuple(targets), tuple(skipped))
 
 
-def linear_maps(model: nn.Module, choose: Choose = None) -> list[Target]:
+def linear_maps(model: nn.Module, choose: Choose | Choices = None) -> list[Target]:
     """Find the linear maps of a model, trainable or not.
 
     Args:
@@ -176,8 +176,8 @@ def linear_maps(model: nn.Module, choose: Choose = None) -> list[Target]:
     return [target for targets, reason in found if reason is None for target in targets]
 
 
-def _choices(choose: Choose, names: list[str]) -> Choices:
-    choices = Choices(choose)
+def _choices(choose: Choose | Choices, names: list[str]) -> Choices:
+    choices = choose if isinstance(choose, Choices) else Choices(choose)
     choices.check_patterns([*names, *map(effective_name, names)])
     return choices
 

@@ -23,7 +23,7 @@ from snr_hooks.checks import (
     nothing_to_regularize,
     saved_state,
 )
-from snr_hooks.choices import Choose, Strength, checked_schedule, checked_strength
+from snr_hooks.choices import Choices, Choose, Strength, checked_schedule, checked_strength
 from snr_hooks.discovery import (
     Discovery,
     Selection,
@@ -143,7 +143,7 @@ class SNROptimizer(Optimizer):
         self.optimizer = optimizer
         self.skipped: tuple[Skipped, ...] = ()
         self._model = model
-        self._selection = _reusable(include), _reusable(exclude), choose
+        self._selection = _reusable(include), _reusable(exclude), Choices(choose)
         self._decoupled = decoupled
         self._term = SpectralTerm(optimizer, estimator, strength, scaler)
         # Their first parameters: groups are replaced, reordered and removed.

@@ -362,6 +362,17 @@ def test_a_chosen_lambda_stands_in_for_that_of_the_group():
     assert norms == [[0.0, 0.0], [0.0, pytest.approx(0.5 * sigma, rel=1e-12)]]
 
 
+def test_choices_are_those_of_the_time_of_wrapping():
+    model = build("mlp")
+    model.body[2].weight.requires_grad_(False)
+    choose = {"body.2.weight": {"lambda": 0.5}}
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, choose=choose)
+    choose["body.2.weight"]["lambda"] = 0.1
+    model.body[2].weight.requires_grad_(True)
+    opt.zero_grad()
+    assert [target.strength for target in opt.targets] == [None, 0.5]
+
+
 # --- sizes ---
 
 
