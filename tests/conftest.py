@@ -15,6 +15,12 @@ settings.register_profile("suite", deadline=None, derandomize=True, max_examples
 settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Layers that a test makes without a seed are the same whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def both(request, tmp_path_factory):
     """What two and four processes found, of the worker that the test module names."""
