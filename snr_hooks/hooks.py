@@ -136,9 +136,11 @@ class _HookedWeight:
             else:
                 weight.after_accumulation(parameter.grad)
 
+        sizes = (target.view.observes for target in self.targets)
         return [
             parameter.register_hook(before),  # type: ignore[no-untyped-call]
             parameter.register_post_accumulate_grad_hook(after),  # type: ignore[no-untyped-call]
+            *(size.watch() for size in sizes if size is not None),
         ]
 
     def is_hooked(self) -> bool:

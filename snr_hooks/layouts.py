@@ -1,7 +1,7 @@
 """Which linear maps a module stacks inside one weight.
 
 What is known of modules, by their classes or, for timm's and others', by names and
-attributes, because they are no dependencies. ``discovery`` asks; nothing else does.
+attributes, because they are no dependencies. ``viewing`` asks; nothing else splits weights.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from snr_hooks.blocks import BlockView
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+LINEAR = (nn.Linear, *CONVOLUTIONS)
 
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from snr_hooks.diagnostics import is_written_out
 from snr_hooks.discovery import Target, linear_maps
+from snr_hooks.layouts import LINEAR
 from snr_hooks.operators import ConvolutionView
 
 # The largest slope of each, in float64 by a fine grid; the tests find it again.
@@ -29,15 +30,6 @@ _SLOPES: dict[type[nn.Module], float] = {
     nn.GELU: 1.129,
     nn.SiLU: 1.1,
 }
-_LINEAR = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
@@ -103,7 +95,7 @@ def _constants(sequence: nn.Sequential, x: Tensor, path: str = "") -> Iterable[t
 
 
 def _constant(layer: nn.Module, x: Tensor, name: str) -> float:
-    if isinstance(layer, _LINEAR):
+    if isinstance(layer, LINEAR):
         size = {"view": "operator"} | ({"input_size": tuple(x.shape[2:])} if x.ndim > 2 else {})
         choose = "matrix" if isinstance(layer, nn.Linear) else {"weight": size}
         maps = linear_maps(layer, choose) if "weight" in layer._parameters else []

@@ -202,16 +202,8 @@ class ConvolutionView:
         small, (_, *sizes) = self._images(weight)
         paddings = self._paddings(weight)
         missing = [
-            size + sum(padding) - ((count - 1) * stride + dilation * (kernel - 1) + 1)
-            for size, padding, count, stride, dilation, kernel in zip(
-                sizes,
-                paddings,
-                small[1:],
-                self.stride,
-                self.dilation,
-                weight.shape[2:],
-                strict=True,
-            )
+            size + sum(padding) - used
+            for size, padding, used in zip(sizes, paddings, self._used(weight), strict=True)
         ]
         transposed: Any = _TRANSPOSED[weight.ndim - 2]
         spread: Tensor = transposed(

@@ -4,13 +4,12 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from snr_hooks.checks import (
     STATE_KEY,
@@ -162,9 +161,6 @@ class SNROptimizer(Optimizer):
         self._patch_step_function()
         self._hooks = GradientHooks(_add_nothing if self._decoupled else self._term.add)
         self._hooks.attach(self.targets)
-        self._watched: list[RemovableHandle] = []
-        self._unwatch = weakref.finalize(self, _remove_all, self._watched)
-        self._watch(self.targets)
         # Also when this object is dropped: a stale lambda must not outlive it in the groups
         # of the wrapped optimizer and win over the lambda_ of the next wrapper.
         self._withdraw_lambda = weakref.finalize(
@@ -344,7 +340,6 @@ class SNROptimizer(Optimizer):
         ``targets`` is empty then. Groups that got ``snr_lambda`` from this wrapper lose it again.
         """
         self._hooks.remove()
-        _remove_all(self._watched)
         self._withdraw_lambda()
         self._term.removed, self._term.targets = True, ()
         self._frozen.clear()
@@ -370,17 +365,11 @@ class SNROptimizer(Optimizer):
         for target in new:
             check_values(target)
         self._hooks.attach(new)
-        self._watch(new)
         self._term.targets += tuple(new)
         names = known | {target.name for target in new}
         self.skipped = tuple(skip for skip in found.skipped if skip.name not in names)
         self._note_frozen()
         self._term.regrouped = False
-
-    def _watch(self, targets: Iterable[Target]) -> None:
-        """Watch forward passes for the sizes of inputs that views depend on."""
-        observed = (target.view.observes for target in targets)
-        self._watched += [size.watch() for size in observed if size is not None]
 
     def _discover(self) -> Discovery:
         """Discover, less what the optimizer does not hold."""
@@ -490,12 +479,6 @@ class SNROptimizer(Optimizer):
             f"  sigma, u, v by {self._term.estimator!r}\n"
             f"  {wrapped}\n)"
         )
-
-
-def _remove_all(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
 
 
 def _add_nothing(target: Target, grad: Tensor) -> None:

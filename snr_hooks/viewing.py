@@ -10,14 +10,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from snr_hooks.choices import Choice
 from snr_hooks.effective import EffectiveView, Folded, Parametrized, Standardized, Stored
-from snr_hooks.layouts import CONVOLUTIONS, TRANSPOSED, Heads, Place, maps_in
+from snr_hooks.layouts import CONVOLUTIONS, LINEAR, TRANSPOSED, Heads, Place, maps_in
 from snr_hooks.modules import Owned, joined
 from snr_hooks.observation import InputSize
 from snr_hooks.operators import convolution_view
 from snr_hooks.sharding import is_sharded, part_of
 from snr_hooks.views import MatrixView, ShardedView, View
-
-_LINEAR = (nn.Linear, *CONVOLUTIONS)
 
 # timm's weight-standardized convolutions, by name because timm is no dependency.
 _STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
@@ -241,7 +239,7 @@ def _not_a_linear_map(weight: _Used, choice: Choice) -> str | None:
             return "parametrized so that its singular values are fixed"
         return "parametrized: forward uses a function of this tensor"
     if choice.view == "matrix" or _views(weight, choice) is None:
-        if not isinstance(module, _LINEAR):
+        if not isinstance(module, LINEAR):
             return f"{kind}.{attribute} is not the weight of a Linear or convolution"
         if attribute != "weight":
             return f"{kind}.{attribute} is not 'weight', the matrix that {kind} applies"

@@ -51,7 +51,7 @@ ALLOWED = {
         "term",
     },
     "diagnostics": {"_text", "choices", "discovery", "estimators"},
-    "lipschitz": {"diagnostics", "discovery", "operators"},
+    "lipschitz": {"diagnostics", "discovery", "layouts", "operators"},
     "__init__": {"choices", "diagnostics", "discovery", "lipschitz", "optimizer", "penalties"},
 }
 
