@@ -20,6 +20,7 @@ All other dimensions are columns. The products of all blocks are one ``torch.bmm
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,10 +79,8 @@ class BlockView:
         Returns:
             A function without arguments that writes to ``out``; see ``MatrixView.matvec``.
         """
-        matrix = self.matrix(weight)
-        if self._is_copied(weight, matrix) or weight.dtype != v.dtype:
-            return lambda: torch.bmm(self.matrix(weight).to(v.dtype), v.mT, out=out)
-        return partial(torch.bmm, matrix, v.mT, out=out)
+        columns = v.mT
+        return self._prepared(weight, v.dtype, lambda matrix: torch.bmm(matrix, columns, out=out))
 
     def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
         """Prepare W^T u for each block and each of its vectors, as ``matvec`` does W v.
@@ -94,10 +93,7 @@ class BlockView:
         Returns:
             A function without arguments that writes to ``out``.
         """
-        matrix = self.matrix(weight)
-        if self._is_copied(weight, matrix) or weight.dtype != u.dtype:
-            return lambda: torch.bmm(u, self.matrix(weight).to(u.dtype), out=out)
-        return partial(torch.bmm, u, matrix, out=out)
+        return self._prepared(weight, u.dtype, lambda matrix: torch.bmm(u, matrix, out=out))
 
     def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
         """Prepare the addition of multiples of u v^T of each block to a gradient.
@@ -157,5 +153,12 @@ class BlockView:
         )
         return b, r, c
 
-    def _is_copied(self, weight: Tensor, matrix: Tensor) -> bool:
-        return matrix.data_ptr() != self._arranged(weight).data_ptr()
+    def _prepared(
+        self, weight: Tensor, dtype: torch.dtype, product: Callable[[Tensor], object]
+    ) -> Product:
+        """Fix the matrix of a product, or make it anew at every call where it is a copy."""
+        matrix = self.matrix(weight)
+        is_copied = matrix.data_ptr() != self._arranged(weight).data_ptr()
+        if is_copied or weight.dtype != dtype:
+            return lambda: product(self.matrix(weight).to(dtype))
+        return partial(product, matrix)

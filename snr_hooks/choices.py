@@ -184,7 +184,7 @@ def _fields(entry: Any, pattern: str) -> dict[str, Any]:
     """Return what an entry says, by field of ``Choice``."""
     if isinstance(entry, Choice):
         said = {f.name: getattr(entry, f.name) for f in fields(Choice)}
-        optional = {"norm", "lambda_", "heads", "kv_heads", "input_size"}
+        optional = {f.name for f in fields(Choice) if f.default is None}
         entry = {
             "lambda" if name == "lambda_" else name: value
             for name, value in said.items()

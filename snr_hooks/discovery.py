@@ -171,8 +171,9 @@ def linear_maps(model: nn.Module, choose: Choose | Choices = None) -> list[Targe
         TypeError: ``model`` is no module, or a choice is of another type.
         ValueError: A lazy parameter is uninitialized, or a choice does not fit.
     """
-    choices = _choices(choose, parameter_names(model) if choose else [])
-    found = (_targets(owners, choices) for owners in holders(model))
+    held = holders(model)
+    choices = _choices(choose, parameter_names(model))
+    found = (_targets(owners, choices) for owners in held)
     return [target for targets, reason in found if reason is None for target in targets]
 
 

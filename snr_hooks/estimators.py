@@ -437,7 +437,7 @@ class _Batch:
         if _is_plain(target):
             return float(sigma[0, 0]) if sigma.is_cpu else sigma[0, 0]
         sigma = sigma[:, : target.top]
-        return sigma if _n_blocks(target) else sigma[0]
+        return sigma if _has_blocks(target) else sigma[0]
 
     def vectors(self) -> dict[str, Vectors]:
         """Return the vectors by name, as views."""
@@ -576,13 +576,12 @@ def _checked_held(target: Target, entry: Mapping[str, object]) -> tuple[Term, in
 
 def _is_plain(target: Target) -> bool:
     """Whether a target is one map of which one singular value is penalized."""
-    return target.top == 1 and not _n_blocks(target)
+    return target.top == 1 and not _has_blocks(target)
 
 
-def _n_blocks(target: Target) -> int:
-    """Return how many maps a target is, 0 if it has no dimension of blocks."""
-    *batch, _, _ = target.view.shape(target.parameter)
-    return batch[0] if batch else 0
+def _has_blocks(target: Target) -> bool:
+    """Whether a target has a dimension of blocks, before rows and columns."""
+    return len(target.view.shape(target.parameter)) > 2
 
 
 def _term_shapes(target: Target) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
