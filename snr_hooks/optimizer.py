@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from snr_hooks._names import is_a
 from snr_hooks.checks import (
     STATE_KEY,
     STRENGTH,
@@ -522,7 +523,7 @@ def _check_optimizer(optimizer: object) -> None:
             "expected an optimizer without regularization, found an SNROptimizer: wrap once, "
             f"and use {STRENGTH!r} in param groups for several strengths"
         )
-    if any(base.__name__ == "AcceleratedOptimizer" for base in type(optimizer).__mro__):
+    if is_a(optimizer, "AcceleratedOptimizer"):
         raise ValueError(
             "expected an optimizer that accelerate has not prepared, found an "
             "AcceleratedOptimizer, which holds steps and zeroings back during accumulation, so "

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from snr_hooks._names import is_a
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -61,16 +63,11 @@ def is_fsdp1(model: nn.Module) -> bool:
     """
     managed = fsdp2 = False
     for module in model.modules():
-        if _is_a("FullyShardedDataParallel", module):
+        if is_a(module, "FullyShardedDataParallel"):
             return True
-        fsdp2 |= _is_a("FSDPModule", module)
+        fsdp2 |= is_a(module, "FSDPModule")
         managed |= getattr(module, "_is_fsdp_managed_module", False) is True
     return managed and not fsdp2
-
-
-def _is_a(name: str, module: nn.Module) -> bool:
-    """Return whether a class of a module has a name, without importing what many builds lack."""
-    return any(base.__name__ == name for base in type(module).__mro__)
 
 
 def reshard(model: nn.Module) -> None:
@@ -80,7 +77,7 @@ def reshard(model: nn.Module) -> None:
     ``fully_shard`` holds whole ones.
     """
     for module in model.modules():
-        if _is_a("FSDPModule", module):
+        if is_a(module, "FSDPModule"):
             module.reshard()  # type: ignore[operator]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from snr_hooks._names import is_a
 from snr_hooks.choices import Choice
 from snr_hooks.effective import EffectiveView, Folded, Parametrized, Standardized, Stored
 from snr_hooks.layouts import CONVOLUTIONS, LINEAR, TRANSPOSED, Heads, Place, maps_in
@@ -139,7 +140,7 @@ def _used(weight: _Used, choice: Choice) -> _Used:
         function, place = Parametrized(holder, tensor), Place(holder, tensor, parents[2:])
         effective = nn.Parameter(function().detach())
         return _folded(_Used(effective_name(weight.name), place, effective, function), choice)
-    if attribute == "weight" and _is_named(module, _STANDARDIZED):
+    if attribute == "weight" and is_a(module, *_STANDARDIZED):
         return _folded(weight._replace(function=Standardized(module)), choice)
     return _folded(weight, choice)
 
@@ -208,13 +209,8 @@ def _operator(weight: _Used, choice: Choice) -> View:
             f"expected input_size of {weight.name!r} to have {n_dimensions} dimensions, found "
             f"{size}"
         )
-    same = _is_named(module, _SAME) and getattr(module, "same_pad", True)
+    same = is_a(module, *_SAME) and getattr(module, "same_pad", True)
     return convolution_view(module, InputSize(weight.name, module, size), same=same)
-
-
-def _is_named(module: nn.Module, names: set[str]) -> bool:
-    """Return whether a class of a module has one of some names."""
-    return any(base.__name__ in names for base in type(module).__mro__)
 
 
 def _sharded(weight: _Used, views: Mapping[str, View]) -> tuple[Mapping[str, View], str | None]:
@@ -243,7 +239,7 @@ def _not_a_linear_map(weight: _Used, choice: Choice) -> str | None:
             return f"{kind}.{attribute} is not the weight of a Linear or convolution"
         if attribute != "weight":
             return f"{kind}.{attribute} is not 'weight', the matrix that {kind} applies"
-    if weight.function is None and _is_named(module, _STANDARDIZED):
+    if weight.function is None and is_a(module, *_STANDARDIZED):
         return f"{kind} standardizes its weight: forward uses a function of this tensor"
     if tensor.is_complex() or not tensor.is_floating_point():
         return f"dtype {tensor.dtype} is not real floating point"

@@ -12,10 +12,11 @@ import snr_hooks
 
 PACKAGE = Path(snr_hooks.__file__).parent
 ALLOWED = {
+    "_names": set(),
     "_text": set(),
     "products": set(),
     "subspace": {"products"},
-    "sharding": set(),
+    "sharding": {"_names"},
     "penalties": {"_text"},
     "observation": set(),
     "views": {"_text", "observation", "products", "sharding"},
@@ -26,6 +27,7 @@ ALLOWED = {
     "effective": {"products", "views"},
     "modules": {"layouts"},
     "viewing": {
+        "_names",
         "choices",
         "effective",
         "layouts",
@@ -41,6 +43,7 @@ ALLOWED = {
     "checks": {"choices", "discovery", "sharding"},
     "term": {"checks", "choices", "discovery", "estimators", "penalties", "sharding"},
     "optimizer": {
+        "_names",
         "checks",
         "choices",
         "discovery",
