@@ -21,10 +21,13 @@ class Standardized:
 
     Args:
         module: One of these.
+        path: What the names of its parameters begin with.
     """
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    name = "standardized"
+
+    def __init__(self, module: Any, path: str) -> None:
+        self._module, self._path = module, path
 
     def __call__(self) -> Tensor:
         """Return (W - mean) / std, times gain * scale where there is a gain."""
@@ -38,9 +41,9 @@ class Standardized:
         return standardized.reshape_as(weight)
 
     def sources(self) -> dict[str, nn.Parameter]:
-        """Return the stored parameters by their names in the module."""
+        """Return the stored parameters by name."""
         names = ("weight", "gain") if hasattr(self._module, "gain") else ("weight",)
-        return {name: getattr(self._module, name) for name in names}
+        return {self._path + name: getattr(self._module, name) for name in names}
 
 
 class Parametrized:
@@ -48,30 +51,33 @@ class Parametrized:
 
     Args:
         module: The module.
-        name: The name of the tensor there.
+        tensor: The name of the tensor there.
+        path: What the names of its parameters begin with.
     """
 
-    def __init__(self, module: Any, name: str) -> None:
-        self._module, self._name = module, name
+    name = "parametrized"
+
+    def __init__(self, module: Any, tensor: str, path: str) -> None:
+        self._module, self._tensor, self._path = module, tensor, path
 
     def __call__(self) -> Tensor:
         """Return the tensor, computed as in evaluation: no state of a parametrization moves."""
-        parts = self._module.parametrizations[self._name].modules()
+        parts = self._module.parametrizations[self._tensor].modules()
         training = [part for part in parts if part.training]
         for part in training:
             part.training = False
         try:
             # Not the attribute, which parametrize.cached() would keep for forward.
-            tensor: Tensor = self._module.parametrizations[self._name]()
+            tensor: Tensor = self._module.parametrizations[self._tensor]()
             return tensor
         finally:
             for part in training:
                 part.training = True
 
     def sources(self) -> dict[str, nn.Parameter]:
-        """Return what is stored, and what parametrizations are made of, by name in the module."""
-        stored = self._module.parametrizations[self._name].named_parameters()
-        prefix = f"parametrizations.{self._name}."
+        """Return what is stored, and what parametrizations are made of, by name."""
+        stored = self._module.parametrizations[self._tensor].named_parameters()
+        prefix = f"{self._path}parametrizations.{self._tensor}."
         return {prefix + name: parameter for name, parameter in stored}
 
 
@@ -80,10 +86,11 @@ class Stored:
 
     Args:
         module: Its owner.
+        path: What the names of its parameters begin with.
     """
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, module: Any, path: str) -> None:
+        self._module, self._path = module, path
 
     def __call__(self) -> Tensor:
         """Return it."""
@@ -92,7 +99,7 @@ class Stored:
 
     def sources(self) -> dict[str, nn.Parameter]:
         """Return it by its name."""
-        return {"weight": self._module.weight}
+        return {f"{self._path}weight": self._module.weight}
 
 
 class Folded:
@@ -105,12 +112,13 @@ class Folded:
         weight: What the convolution uses.
         module: The convolution.
         norm: The batch norm.
-        norm_name: The name of the norm, from the module that holds both.
+        norm_name: The name of the norm in the model.
     """
 
     def __init__(self, weight: Any, module: Any, norm: Any, norm_name: str) -> None:
         self._weight, self._module, self._norm = weight, module, norm
-        self.norm_name = norm_name
+        self._norm_name = norm_name
+        self.name = f"folded with {norm_name}"
 
     def __call__(self) -> Tensor:
         """Return the folded weight."""
@@ -125,15 +133,10 @@ class Folded:
         return folded
 
     def sources(self) -> dict[str, nn.Parameter]:
-        """Return the stored parameters of the convolution by their names there."""
+        """Return the parameters of the convolution and the scale of the norm by name."""
         sources: dict[str, nn.Parameter] = self._weight.sources()
-        return sources
-
-    @property
-    def gamma(self) -> nn.Parameter | None:
-        """The scale of the norm."""
-        gamma: nn.Parameter | None = self._norm.weight
-        return gamma
+        gamma = self._norm.weight
+        return sources if gamma is None else {**sources, f"{self._norm_name}.weight": gamma}
 
 
 @dataclass(frozen=True)

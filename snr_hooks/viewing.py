@@ -28,7 +28,7 @@ _FIXED = {"_SpectralNorm", "_Orthogonal"}
 _SAME = {"Conv2dSame", "Conv2dSameExport", "StdConv2dSame", "ScaledStdConv2dSame"}
 
 
-Function = Standardized | Parametrized | Folded | Stored
+Function = Standardized | Parametrized | Folded
 
 
 class Seen(NamedTuple):
@@ -95,23 +95,13 @@ def _through(weight: _Used, views: Mapping[str, View]) -> list[Seen]:
     """Return each stored parameter of which forward uses a function."""
     function = weight.function
     assert function is not None
-    path = weight.name.removesuffix(weight.place.attribute)
-    sources = {path + name: source for name, source in function.sources().items()}
-    if isinstance(function, Folded) and function.gamma is not None:
-        sources[function.norm_name] = function.gamma
     with torch.no_grad():
         size = function().shape
     return [
-        Seen(name, source, EffectiveView(view, function, source, size, _done_to(function)), part)
-        for name, source in sources.items()
+        Seen(name, source, EffectiveView(view, function, source, size, function.name), part)
+        for name, source in function.sources().items()
         for part, view in views.items()
     ]
-
-
-def _done_to(function: Function) -> str:
-    if isinstance(function, Folded):
-        return f"folded with {function.norm_name.removesuffix('.weight')}"
-    return type(function).__name__.lower()
 
 
 def aliases(owner: Owned) -> list[str]:
@@ -137,11 +127,15 @@ def _used(weight: _Used, choice: Choice) -> _Used:
         first = next(iter(dict(module.named_parameters(recurse=False))))
         if attribute != first or any(type(p).__name__ in _FIXED for p in module):
             return weight
-        function, place = Parametrized(holder, tensor), Place(holder, tensor, parents[2:])
+        name, place = effective_name(weight.name), Place(holder, tensor, parents[2:])
+        function = Parametrized(holder, tensor, name.removesuffix(tensor))
         effective = nn.Parameter(function().detach())
-        return _folded(_Used(effective_name(weight.name), place, effective, function), choice)
+        return _folded(_Used(name, place, effective, function), choice)
     if attribute == "weight" and is_a(module, *_STANDARDIZED):
-        return _folded(weight._replace(function=Standardized(module)), choice)
+        return _folded(
+            weight._replace(function=Standardized(module, weight.name.removesuffix("weight"))),
+            choice,
+        )
     return _folded(weight, choice)
 
 
@@ -160,10 +154,10 @@ def _folded(weight: _Used, choice: Choice) -> _Used:
         return weight
     if norm.num_features != module.out_channels:
         return weight
-    path = weight.name.removesuffix("weight").removesuffix(f"{name}.")
-    gamma = f"{path}{norm_name}.weight"
-    unfolded = weight.function or Stored(module)
-    return weight._replace(function=Folded(unfolded, module, norm, gamma))
+    path = weight.name.removesuffix("weight")
+    unfolded = weight.function or Stored(module, path)
+    norm_name = path.removesuffix(f"{name}.") + norm_name
+    return weight._replace(function=Folded(unfolded, module, norm, norm_name))
 
 
 def _matrix(weight: _Used) -> MatrixView:
