@@ -1,39 +1,57 @@
 """Images for a recipe: the digits that ship with scikit-learn, torchvision's, or a folder's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import timm.data
 import torch
+import torchvision.datasets
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.datasets import ImageFolder
 
 from recipes.processes import ALONE, Processes
 from recipes.recipe import Recipe, RecipeError, check_known
 
-TORCHVISION = ("cifar10", "cifar100")
+TORCHVISION: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "cifar10": (torchvision.datasets.CIFAR10, {"train": True}, {"train": False}),
+    "cifar100": (torchvision.datasets.CIFAR100, {"train": True}, {"train": False}),
+    "stl10": (torchvision.datasets.STL10, {"split": "train"}, {"split": "test"}),
+}
+"""Classes, and their options for the two splits."""
+
+SMALL = 96
+"""Images of at most so many pixels a side are kept in memory."""
 
 
 class Loaders(NamedTuple):
-    """Loaders of (images, labels) batches."""
+    """Loaders of (images, labels) batches.
+
+    Attributes:
+        train: Training images with their random transforms, in random order, full batches.
+        train_eval: As many training images as there are test images, as these are transformed.
+        test: All test images, or those held out for validation.
+    """
 
     train: DataLoader[Any]
+    train_eval: DataLoader[Any]
     test: DataLoader[Any]
 
 
 class Datasets(NamedTuple):
-    """Data sets with settable transforms, and the number of classes."""
+    """Data sets of (PIL image, label), and the number of classes."""
 
     train: Any
     test: Any
     n_classes: int
 
 
-class Digits(Dataset[tuple[Any, int]]):
+class Digits(Dataset[tuple[Image.Image, int]]):
     """Handwritten digits, 8 x 8 pixels, from scikit-learn's wheel (UCI, 1797 images).
 
     Args:
@@ -50,13 +68,78 @@ class Digits(Dataset[tuple[Any, int]]):
         self.images = [Image.fromarray(image).convert("RGB") for image in grey]
         self.labels: list[int] = halves[first + 2].tolist()
         self.classes = [str(name) for name in digits.target_names]
-        self.transform: Callable[[Any], Any] = lambda image: image
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], self.labels[index]
+
+
+class Selection(Dataset[tuple[Any, int]]):
+    """Some images of a data set, each through a transform.
+
+    Args:
+        dataset: Of (PIL image, label).
+        indices: Which of them.
+        transform: What becomes of an image.
+    """
+
+    def __init__(
+        self, dataset: Any, indices: Sequence[int], transform: Callable[[Image.Image], Any]
+    ) -> None:
+        self.dataset, self.indices, self.transform = dataset, list(indices), transform
+        if isinstance(dataset, ImageFolder):
+            dataset.loader.read([dataset.samples[index][0] for index in self.indices])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.images[index]), self.labels[index]
+        image, label = self.dataset[self.indices[index]]
+        return self.transform(image), label
+
+
+class Decoder:
+    """Decodes image files, small ones only once, and names a file that it cannot decode."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, NDArray[np.uint8]] = {}
+
+    def read(self, paths: Sequence[str]) -> None:
+        """Decode files ahead, up to the first large one, so that worker processes share them.
+
+        Args:
+            paths: The files.
+        """
+        for path in paths:
+            if max(self(path).size) > SMALL:
+                return
+
+    def __call__(self, path: str) -> Image.Image:
+        """Decode a file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The image in RGB.
+
+        Raises:
+            RecipeError: The file is no image, or a damaged one.
+        """
+        if path in self.kept:
+            return Image.fromarray(self.kept[path])
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise RecipeError(
+                f"expected an image in {path}: {error}; replace the file or remove it"
+            ) from None
+        if max(image.size) <= SMALL:
+            self.kept[path] = np.asarray(image)
+        return image
 
 
 def create_datasets(recipe: Recipe) -> Datasets:
@@ -66,7 +149,7 @@ def create_datasets(recipe: Recipe) -> Datasets:
         recipe: Says which data, where they are and whether to download them.
 
     Returns:
-        The data sets, still without transforms.
+        The data sets.
 
     Raises:
         RecipeError: The data are unknown, missing, or disagree about the classes.
@@ -99,8 +182,8 @@ def create_loaders(
     by ``loader.sampler.set_epoch``.
 
     Args:
-        recipe: Says batch size, subset and training transforms.
-        datasets: From ``create_datasets``; gets its transforms here.
+        recipe: Says batch size, subsets, validation part and training transforms.
+        datasets: From ``create_datasets``.
         config: Input size, mean and so on, from ``timm.data.resolve_data_config``.
         processes: Which share of the images to load.
 
@@ -109,65 +192,97 @@ def create_loaders(
         random streams. Test images are repeated at the end until all processes have as many.
 
     Raises:
-        RecipeError: There is no full batch, it cannot be shared out, or a transform is unknown.
+        RecipeError: There is no full batch, it cannot be shared out, a transform is unknown, or
+            a small image cannot be decoded.
     """
-    kept = ("input_size", "mean", "std", "interpolation")
-    config = {key: config[key] for key in kept}
-    transform = timm.data.create_transform
-    train, test, _ = datasets
-    try:
-        train.transform = transform(**(config | recipe.transform_kwargs), is_training=True)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RecipeError(f"refused transform_kwargs: {error}") from None
-    test.transform = transform(**config, crop_pct=1.0)
-    if recipe.subset is not None:
-        generator = torch.Generator().manual_seed(recipe.seed)
-        chosen = torch.randperm(len(train), generator=generator)[: recipe.subset]
-        train = Subset(train, chosen.tolist())
-    if len(train) < recipe.batch_size:
-        raise RecipeError(
-            f"expected at least one batch of {recipe.batch_size} training images, found "
-            f"{len(train)} images in {recipe.data!r}: lower batch_size"
-        )
     rank, size, *_ = processes
     if recipe.batch_size % size:
         raise RecipeError(
             f"expected a batch_size that {size} processes can share evenly, found "
             f"{recipe.batch_size}"
         )
+    selections = _select(recipe, datasets, *_transforms(recipe, config))
+    train = selections[0]
+    if len(train) < recipe.batch_size:
+        raise RecipeError(
+            f"expected at least one batch of {recipe.batch_size} training images, found "
+            f"{len(train)} images in {recipe.data!r}: lower batch_size"
+        )
     options: dict[str, Any] = {
         "batch_size": recipe.batch_size // size,
         "num_workers": recipe.workers,
     }
-    if size == 1:
-        return Loaders(
-            DataLoader(train, shuffle=True, drop_last=True, **options), DataLoader(test, **options)
-        )
     order: DistributedSampler[Any] = DistributedSampler(
         train, size, rank, seed=recipe.seed, drop_last=True
     )
-    share: DistributedSampler[Any] = DistributedSampler(test, size, rank, shuffle=False)
-    return Loaders(
-        DataLoader(train, sampler=order, drop_last=True, **options),
-        DataLoader(test, sampler=share, **options),
+    shuffled: dict[str, Any] = {"shuffle": True} if size == 1 else {"sampler": order}
+    loaders = [DataLoader(train, drop_last=True, **shuffled, **options)]
+    if recipe.micro_batch is not None:
+        options["batch_size"] = min(options["batch_size"], recipe.micro_batch)
+    for selection in selections[1:]:
+        share: DistributedSampler[Any] = DistributedSampler(selection, size, rank, shuffle=False)
+        loaders.append(DataLoader(selection, sampler=share, **options))
+    return Loaders(*loaders)
+
+
+def _transforms(recipe: Recipe, config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the transforms of training and test images."""
+    kept = ("input_size", "mean", "std", "interpolation")
+    config = {key: config[key] for key in kept}
+    transform = timm.data.create_transform
+    try:
+        train = transform(**(config | recipe.transform_kwargs), is_training=True)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(f"refused transform_kwargs: {error}") from None
+    return train, transform(**config, crop_pct=1.0)
+
+
+def _select(
+    recipe: Recipe, datasets: Datasets, train_transform: Any, test_transform: Any
+) -> tuple[Selection, Selection, Selection]:
+    """Return the images to train on, some of them to measure on, and those to test on."""
+    train, test, _ = datasets
+    order = _permutation(len(train), recipe.seed)
+    chosen = order[: recipe.subset]
+    n_held_out = round(recipe.validation * len(chosen))
+    if recipe.validation and not 0 < n_held_out < len(chosen):
+        raise RecipeError(
+            f"expected validation to leave images on both sides, found {recipe.validation} of "
+            f"{len(chosen)} images"
+        )
+    chosen, held_out = chosen[n_held_out:], chosen[:n_held_out]
+    if held_out:
+        test, tested = train, held_out
+    elif recipe.test_subset is not None:
+        tested = _permutation(len(test), recipe.seed)[: recipe.test_subset]
+    else:
+        tested = list(range(len(test)))
+    in_order = chosen if recipe.subset is not None else sorted(chosen)
+    return (
+        Selection(train, in_order, train_transform),
+        Selection(train, chosen[: len(tested)], test_transform),
+        Selection(test, tested, test_transform),
     )
 
 
+def _permutation(n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def _torchvision(name: str, recipe: Recipe) -> tuple[Any, Any]:
+    create, *splits = TORCHVISION[name]
     options = {"root": recipe.data_dir, "download": recipe.download}
     try:
-        return (
-            timm.data.create_dataset(f"torch/{name}", split="train", **options),
-            timm.data.create_dataset(f"torch/{name}", split="validation", **options),
-        )
+        train, test = (create(**split, **options) for split in splits)
     except (RuntimeError, OSError) as error:  # missing or corrupted, or no network
         raise RecipeError(
             f"expected {name} in the folder {recipe.data_dir!r}: {error}; pass --download to "
             "fetch it, or --data-dir to say where it is"
         ) from None
+    return train, test
 
 
-def _folder(folder: str, split: str) -> Any:
+def _folder(folder: str, split: str) -> ImageFolder:
     path = Path(folder) / split
     if not path.is_dir():
         raise RecipeError(
@@ -175,7 +290,7 @@ def _folder(folder: str, split: str) -> Any:
             f"class, found no {path}"
         )
     try:
-        return timm.data.create_dataset("torch/image_folder", root=str(path), search_split=False)
+        return ImageFolder(str(path), loader=Decoder())
     except FileNotFoundError as error:
         raise RecipeError(
             f"expected a folder of images for each class in {path}: {error}"

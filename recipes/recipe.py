@@ -13,6 +13,8 @@ import timm.optim
 import timm.utils
 import yaml
 
+import recipes.networks  # noqa: F401  registers them with timm
+
 FOLDER = Path(__file__).parent
 """Where the recipes that can be called by name lie."""
 
@@ -36,13 +38,17 @@ class Recipe:
     model: str = _entry("test_resnet", "name of a timm model")
     model_kwargs: dict[str, Any] = _entry({}, "more for timm.create_model")
     img_size: int = _entry(32, "height and width of the images in pixels")
+    channels_last: bool = _entry(False, "keep images and weights with the channels last")
 
-    data: str = _entry("digits", "digits, cifar10, cifar100, or folder:DIR with train/ and test/")
-    data_dir: str = _entry("data", "folder that holds cifar10 and cifar100, or will")
-    download: bool = _entry(False, "fetch cifar10 or cifar100 if they are missing")
+    data: str = _entry("digits", "digits, cifar10, cifar100, stl10, or folder:DIR (train/, test/)")
+    data_dir: str = _entry("data", "folder that holds torchvision's data sets, or will")
+    download: bool = _entry(False, "fetch a data set of torchvision if it is missing")
     subset: int | None = _entry(None, "train on this many images, drawn once by the seed")
+    test_subset: int | None = _entry(None, "test on this many images, drawn once by the seed")
+    validation: float = _entry(0.0, "part of the training images to test on, in place of test/")
     transform_kwargs: dict[str, Any] = _entry({}, "training images: timm.data.create_transform")
     batch_size: int = _entry(64, "images a step")
+    micro_batch: int | None = _entry(None, "images a pass at most; a batch is summed up of such")
     workers: int = _entry(0, "processes that load images")
 
     opt: str = _entry("sgd", "name of a timm optimizer (timm's sgd is Nesterov's)")
@@ -50,6 +56,9 @@ class Recipe:
     momentum: float = _entry(0.9, "momentum, for optimizers that have one")
     weight_decay: float = _entry(0.0, "weight decay, beside the spectral penalty")
     opt_kwargs: dict[str, Any] = _entry({}, "more for timm.optim.create_optimizer_v2")
+
+    adversarial_eps: float = _entry(0.0, "l2 norm of adversarial perturbations; 0 for none")
+    adversarial_alpha: float = _entry(0.5, "share of the loss at the unperturbed images")
 
     snr_lambda: float = _entry(0.01, "strength of the spectral penalty; 0 switches it off")
     choose: Any = _entry(None, "view or family by name, or choices by pattern, as YAML")
@@ -65,10 +74,16 @@ class Recipe:
     def __post_init__(self) -> None:
         """Refuse what can be told to be wrong without building anything."""
         least = {"epochs": 1, "batch_size": 1, "img_size": 1, "workers": 0, "seed": 0}
+        least |= {"micro_batch": 1, "test_subset": 1, "adversarial_eps": 0}
         for name, bound in least.items():
             value = getattr(self, name)
-            if value < bound:
+            if value is not None and not value >= bound:
                 raise RecipeError(f"expected {name} to be at least {bound}, found {value}")
+        if not 0 <= self.validation < 1:
+            raise RecipeError(f"expected validation to be in [0, 1), found {self.validation}")
+        if not 0 < self.adversarial_alpha <= 1:  # at 0, no gradient would say where to perturb
+            found = self.adversarial_alpha
+            raise RecipeError(f"expected adversarial_alpha to be in (0, 1], found {found}")
         if self.subset is not None and self.subset < self.batch_size:
             raise RecipeError(
                 f"expected subset to hold at least one batch of {self.batch_size}, found "

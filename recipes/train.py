@@ -31,17 +31,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from recipes import report
-from recipes.data import Loaders, create_datasets, create_loaders
+from recipes.data import Datasets, Loaders, create_datasets, create_loaders
 from recipes.processes import Processes, load_sharded, started, whole
 from recipes.recipe import Recipe, RecipeError, parse
 from snr_hooks import SNROptimizer, audit, spectra
 
 CHECKPOINT = "last.pth.tar"
 
+TINY = 1e-30
+"""Gradients below this norm have no direction."""
+
+
+class DivergenceError(RecipeError):
+    """The loss is not finite."""
+
 
 class Training(NamedTuple):
-    """All that is built from a recipe; ``spread`` is the model on all processes."""
+    """A recipe and all that is built from it; ``spread`` is the model on all processes."""
 
+    recipe: Recipe
     model: nn.Module
     spread: nn.Module
     loaders: Loaders
@@ -91,8 +99,8 @@ def run(
         raise RecipeError(f"expected to write to the folder {output}: {error}") from None
     training = build(recipe, processes)
     processes = training.processes
-    start = _spectra(training, recipe)
-    history = [] if fresh else _resume(training, recipe, output / CHECKPOINT)
+    start = _spectra(training)
+    history = [] if fresh else _resume(training, output / CHECKPOINT)
     if processes.is_primary:
         if history:
             print(f"continuing {output} after epoch {len(history)} of {recipe.epochs}")
@@ -106,29 +114,48 @@ def run(
         mininterval=0.1 if sys.stderr.isatty() else 10,  # in a log, a line now and then
         disable=not processes.is_primary,
     ) as bar:
-        for epoch in range(len(history), recipe.epochs):
-            timm.utils.random_seed(recipe.seed, rank=(epoch + 1) * processes.size + processes.rank)
-            bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
-            row = {"epoch": epoch, **train_epoch(training, epoch, bar, recipe.skip_nonfinite)}
-            processes.average_batch_norms(training.model)
-            row |= _evaluate(training)
-            row["lr"] = training.optimizer.param_groups[0]["lr"]
-            row["sigma_max"] = max(training.optimizer.spectral_norms().values())
+        for row in train(training, bar, start=len(history)):
             history.append(row)
-            _save(training, recipe, history, output / CHECKPOINT)
+            _save(training, history, output / CHECKPOINT)
             if processes.is_primary:
                 report.write_csv(output / "metrics.csv", history)
                 bar.write(_summary(row, recipe.epochs))
-    _write_report(training, recipe, history, start, output)
+    _write_report(training, history, start, output)
     return training.optimizer
 
 
-def build(recipe: Recipe, processes: Processes | None = None) -> Training:
+def train(training: Training, bar: "tqdm[Any]", start: int = 0) -> Iterator[dict[str, Any]]:
+    """Train, and measure after every epoch.
+
+    Args:
+        training: From ``build``.
+        bar: Is moved on with every step.
+        start: How many epochs have been trained before.
+
+    Yields:
+        One row of metrics an epoch.
+    """
+    recipe, processes = training.recipe, training.processes
+    for epoch in range(start, recipe.epochs):
+        timm.utils.random_seed(recipe.seed, rank=(epoch + 1) * processes.size + processes.rank)
+        bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
+        row = {"epoch": epoch, **train_epoch(training, epoch, bar)}
+        processes.average_batch_norms(training.model)
+        row |= evaluate(training, "test")
+        row["lr"] = training.optimizer.param_groups[0]["lr"]
+        row["sigma_max"] = max(training.optimizer.spectral_norms().values())
+        yield row
+
+
+def build(
+    recipe: Recipe, processes: Processes | None = None, datasets: Datasets | None = None
+) -> Training:
     """Build model, data, optimizer and scheduler with timm's factories.
 
     Args:
         recipe: What to build.
         processes: Those that train together; by default this one.
+        datasets: The recipe's data, if they are open already.
 
     Returns:
         The parts; the model has the weights that the seed gives it.
@@ -140,14 +167,15 @@ def build(recipe: Recipe, processes: Processes | None = None) -> Training:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         processes = Processes(device=device)
     timm.utils.random_seed(recipe.seed)
-    datasets = create_datasets(recipe)
+    if datasets is None:
+        datasets = create_datasets(recipe)
     size = {"img_size": recipe.img_size}
     with _explained("model, img_size or model_kwargs"):
         model = timm.create_model(
             **timm.models.resolve_model_input_args(
                 recipe.model, size, num_classes=datasets.n_classes, **recipe.model_kwargs
             )
-        ).to(processes.device)
+        ).to(processes.device, memory_format=_memory_format(recipe))
     config = timm.data.resolve_data_config(size, model=model)
     loaders = create_loaders(recipe, datasets, config, processes)
     spread = processes.spread(model)  # before the optimizer, for sharding replaces parameters
@@ -178,7 +206,11 @@ def build(recipe: Recipe, processes: Processes | None = None) -> Training:
             updates_per_epoch=len(loaders.train),
             **recipe.sched_kwargs,
         )
-    return Training(model, spread, loaders, optimizer, scheduler, processes)
+    return Training(recipe, model, spread, loaders, optimizer, scheduler, processes)
+
+
+def _memory_format(recipe: Recipe) -> torch.memory_format:
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
 @contextmanager
@@ -190,56 +222,111 @@ def _explained(entries: str) -> Iterator[None]:
         raise RecipeError(f"refused {entries}: {error}") from error
 
 
-def train_epoch(
-    training: Training, epoch: int, bar: "tqdm[Any]", skip_nonfinite: bool = False
-) -> dict[str, float]:
+def train_epoch(training: Training, epoch: int, bar: "tqdm[Any]") -> dict[str, float]:
     """Train for one epoch.
 
     Args:
         training: From ``build``.
         epoch: Its number, from 0, for the schedule and for messages.
         bar: Is moved on with every step.
-        skip_nonfinite: Leave steps out whose loss is NaN or infinite in place of stopping.
 
     Returns:
         The average loss and accuracy over the steps of the epoch, all processes together.
 
     Raises:
-        RecipeError: The loss is not finite, on any process; with ``skip_nonfinite``, in any step.
+        DivergenceError: The loss is not finite, on any process; with ``skip_nonfinite``, in
+            any step.
     """
-    model, spread, loaders, optimizer, scheduler, processes = training
+    recipe, model, _, loaders, optimizer, scheduler, processes = training
     model.train()
     if processes.size > 1:
         loaders.train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     loss_meter, accuracy_meter = timm.utils.AverageMeter(), timm.utils.AverageMeter()
     n_skipped = 0
-    for step, (images, labels) in enumerate(loaders.train, start=epoch * len(loaders.train)):
+    for step, batch in enumerate(loaders.train, start=epoch * len(loaders.train)):
         if scheduler is not None:
             scheduler.step_update(num_updates=step)
-        images, labels = images.to(processes.device), labels.to(processes.device)
-        buffers = [buffer.clone() for buffer in model.buffers()] if skip_nonfinite else []
-        output = spread(images)
-        loss = nn.functional.cross_entropy(output, labels)
-        (n_bad,) = processes.total([not math.isfinite(loss.item())])
+        buffers = [buffer.clone() for buffer in model.buffers()] if recipe.skip_nonfinite else []
+        optimizer.zero_grad()
+        loss, accuracy, n_bad = _backward(training, *batch)
         bar.update()
         if n_bad:
-            _report_nonfinite(loss.item(), step, epoch, stop=not skip_nonfinite, bar=bar)
+            _report_nonfinite(loss, step, epoch, stop=not recipe.skip_nonfinite, bar=bar)
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)  # running statistics have seen what made the loss so
             n_skipped += 1
             continue
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        loss_meter.update(loss.item(), len(labels))
-        accuracy_meter.update(_accuracy(output, labels), len(labels))
+        loss_meter.update(loss, len(batch[1]))
+        accuracy_meter.update(accuracy, len(batch[1]))
         bar.set_postfix(loss=f"{loss_meter.avg:.3f}", acc=f"{accuracy_meter.avg:.1f}%")
     if n_skipped == len(loaders.train):
-        raise RecipeError(
+        raise DivergenceError(
             f"the loss was not finite in any step of epoch {epoch + 1}, so that there is nothing "
             "to go on with: start again, in another --output or with --fresh, with a lower lr"
         )
     return _averages("train", processes, loss_meter, accuracy_meter)
+
+
+def _backward(training: Training, images: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Sum up the gradients of a batch, until the loss is not finite on any process.
+
+    Returns:
+        The loss, the accuracy in percent, and on how many processes the loss is not finite.
+    """
+    recipe, _, spread, _, _, _, processes = training
+    size = recipe.micro_batch or len(labels)
+    total, accuracy = 0.0, 0.0
+    parts = zip(torch.split(images, size), torch.split(labels, size), strict=True)
+    for part, targets in parts:
+        part = part.to(processes.device, memory_format=_memory_format(recipe))
+        targets = targets.to(processes.device)
+        share = len(targets) / len(labels)
+        outputs = []
+        for loss, output in objective(spread, part, targets, recipe):
+            total += loss.item() * share
+            outputs.append(output)
+            (n_bad,) = processes.total([not math.isfinite(total)])
+            if n_bad:
+                return total, accuracy, n_bad
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        accuracy += _accuracy(outputs[0], targets) * share
+    return total, accuracy, 0
+
+
+def objective(
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the parts of the loss that a recipe asks for.
+
+    Adversarial training (Goodfellow et al. 2014, arXiv 1412.6572, section 6; as a baseline of
+    Yoshida & Miyato 2017) minimises alpha L(x) + (1 - alpha) L(x + eps g / |g|), with g the
+    gradient of L at x and |g| its l2 norm, per image, in the units of the model's normalised
+    input. The perturbation is held constant, so that no second derivative is needed, and g
+    comes with the backward pass of the first part.
+
+    Args:
+        model: In training mode.
+        images: A batch (n, channels, height, width).
+        labels: Its classes (n,).
+        recipe: Says how large the perturbation is.
+
+    Yields:
+        A part of the loss, to be backpropagated before the next one is asked for, and the
+        logits that it is made of; at the unperturbed images first.
+    """
+    eps, alpha = recipe.adversarial_eps, recipe.adversarial_alpha
+    if eps == 0:
+        output = model(images)
+        yield nn.functional.cross_entropy(output, labels), output
+        return
+    images = images.detach().requires_grad_()
+    output = model(images)
+    yield alpha * nn.functional.cross_entropy(output, labels), output
+    assert images.grad is not None
+    direction = nn.functional.normalize(images.grad.flatten(1), eps=TINY).view_as(images)
+    output = model(images.detach() + eps * direction)
+    yield (1 - alpha) * nn.functional.cross_entropy(output, labels), output
 
 
 def _report_nonfinite(loss: float, step: int, epoch: int, *, stop: bool, bar: "tqdm[Any]") -> None:
@@ -247,7 +334,7 @@ def _report_nonfinite(loss: float, step: int, epoch: int, *, stop: bool, bar: "t
     if math.isfinite(loss):
         what = f"the loss of another process is not finite at step {step} (epoch {epoch + 1})"
     if stop:
-        raise RecipeError(
+        raise DivergenceError(
             f"{what}: pass --skip-nonfinite to go on from the last finished epoch without such "
             "steps, or start again, in another --output or with --fresh, with a lower lr or "
             "warm-up (sched_kwargs warmup_epochs)"
@@ -264,13 +351,23 @@ def _averages(kind: str, processes: Processes, *meters: Any) -> dict[str, float]
 
 
 @torch.no_grad()
-def _evaluate(training: Training) -> dict[str, float]:
-    model, _, loaders, _, _, processes = training
+def evaluate(training: Training, which: str) -> dict[str, float]:
+    """Measure loss and accuracy.
+
+    Args:
+        training: From ``build``.
+        which: ``"test"`` or ``"train_eval"``, one of its loaders.
+
+    Returns:
+        The averages over the images of that loader, named after it; accuracy in percent.
+    """
+    recipe, model, _, loaders, _, _, processes = training
+    loader = getattr(loaders, which)
     model.eval()  # not the DDP around it, which would copy the buffers of rank 0 at every call
     loss_meter, accuracy_meter = timm.utils.AverageMeter(), timm.utils.AverageMeter()
-    n_images, position = len(loaders.test.dataset), processes.rank  # type: ignore[arg-type]
-    for images, labels in loaders.test:
-        output = model(images.to(processes.device))
+    n_images, position = len(loader.dataset), processes.rank
+    for images, labels in loader:
+        output = model(images.to(processes.device, memory_format=_memory_format(recipe)))
         # The sampler repeats images so that all processes have as many.
         new = torch.arange(len(labels)) * processes.size + position < n_images
         position += len(labels) * processes.size
@@ -278,7 +375,7 @@ def _evaluate(training: Training) -> dict[str, float]:
         if len(labels):
             loss_meter.update(nn.functional.cross_entropy(output, labels).item(), len(labels))
             accuracy_meter.update(_accuracy(output, labels), len(labels))
-    return _averages("test", processes, loss_meter, accuracy_meter)
+    return _averages(which, processes, loss_meter, accuracy_meter)
 
 
 def _accuracy(output: Tensor, labels: Tensor) -> float:
@@ -294,7 +391,7 @@ def _summary(row: dict[str, Any], epochs: int) -> str:
     )
 
 
-def _save(training: Training, recipe: Recipe, history: list[dict[str, Any]], path: Path) -> None:
+def _save(training: Training, history: list[dict[str, Any]], path: Path) -> None:
     """Write a checkpoint that timm's ``resume_checkpoint`` reads, all of it or nothing.
 
     timm's own saver unlinks the old file before it renames the new one; a run killed
@@ -306,10 +403,10 @@ def _save(training: Training, recipe: Recipe, history: list[dict[str, Any]], pat
     checkpoint = {
         "epoch": history[-1]["epoch"],
         "version": 2,
-        "arch": recipe.model,
+        "arch": training.recipe.model,
         "state_dict": weights,
         "optimizer": states,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": dataclasses.asdict(training.recipe),
         "history": history,
     }
     unfinished = path.with_suffix(".unfinished")
@@ -329,7 +426,7 @@ def _save(training: Training, recipe: Recipe, history: list[dict[str, Any]], pat
         ) from error
 
 
-def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, Any]]:
+def _resume(training: Training, path: Path) -> list[dict[str, Any]]:
     """Load the last checkpoint, if there is one, and return the epochs so far."""
     if not path.exists():
         return []
@@ -342,7 +439,7 @@ def _resume(training: Training, recipe: Recipe, path: Path) -> list[dict[str, An
         raise RecipeError(_broken(path, type(error).__name__)) from error
     if not complete:
         raise RecipeError(_broken(path, "incomplete"))
-    current = dataclasses.asdict(recipe)
+    current = dataclasses.asdict(training.recipe)
     # May change: these do not touch the result, or only say how to go on.
     free = {"workers", "download", "data_dir", "skip_nonfinite"}
     differing = [
@@ -374,9 +471,9 @@ def _broken(path: Path, what: str) -> str:
     )
 
 
-def _spectra(training: Training, recipe: Recipe) -> report.Spectra:
+def _spectra(training: Training) -> report.Spectra:
     """Return the singular values of all weights as matrices, or as was chosen."""
-    if recipe.choose is None:
+    if training.recipe.choose is None:
         return spectra(training.model)
     training.model.eval()  # a pass that changes no statistics, for convolutions as operators
     images, _ = next(iter(training.loaders.test))
@@ -386,12 +483,11 @@ def _spectra(training: Training, recipe: Recipe) -> report.Spectra:
 
 def _write_report(
     training: Training,
-    recipe: Recipe,
     history: list[dict[str, Any]],
     start: report.Spectra,
     output: Path,
 ) -> None:
-    end = _spectra(training, recipe)
+    recipe, end = training.recipe, _spectra(training)
     text = report.audit_table(start, end, training.optimizer.spectral_norms())
     if recipe.choose is not None:
         text = f"{text}\n\n{audit(training.optimizer)}"

@@ -10,7 +10,6 @@ from _launch import TESTS, torchrun
 from torch.utils.data import DistributedSampler
 
 from recipes import train
-from recipes.data import Loaders
 from recipes.recipe import RecipeError, parse
 from recipes.train import CHECKPOINT, main, run
 
@@ -86,7 +85,7 @@ def test_two_processes_train_as_one_does_on_their_joined_batches(folder, tmp_pat
 
     def joined(recipe, *arguments):
         loaders = create_loaders(recipe, *arguments)
-        return Loaders(Joined(loaders.train, recipe, 2), loaders.test)
+        return loaders._replace(train=Joined(loaders.train, recipe, 2))
 
     monkeypatch.setattr(train, "create_loaders", joined)
     run(parse(TWO)[0], tmp_path / "one")
@@ -180,7 +179,7 @@ def test_every_test_image_counts_once_if_they_cannot_be_shared_evenly(monkeypatc
 
     monkeypatch.setattr(train, "create_datasets", seven)
     for rank in range(2):
-        train._evaluate(train.build(parse(TWO)[0], train.Processes(rank, 2)))
+        train.evaluate(train.build(parse(TWO)[0], train.Processes(rank, 2)), "test")
     assert [loss_count for _, loss_count, _, _ in counted] == [4, 3]
 
 
