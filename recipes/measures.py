@@ -106,7 +106,7 @@ def hessian_eigenvalue(
     loss: Loss = nn.functional.cross_entropy,
     *,
     tolerance: float = 1e-2,
-    max_restarts: int = 20,
+    max_restarts: int = 50,
     seed: int = 0,
 ) -> Eigenvalue:
     """Find the largest eigenvalue of the Hessian of the mean loss over all images of a loader.
@@ -120,7 +120,7 @@ def hessian_eigenvalue(
         loader: The images, in the same batches every time.
         loss: Mean loss of a batch.
         tolerance: Relative accuracy asked of the iteration.
-        max_restarts: After so many restarts of 19 products each, give up.
+        max_restarts: After so many restarts of 9 products each, give up.
         seed: Of the vector to start with.
 
     Returns:
@@ -147,7 +147,7 @@ def hessian_eigenvalue(
         start = np.random.default_rng(seed).standard_normal(size)
         options: dict[str, Any] = {"k": 1, "which": "LA", "v0": start, "tol": tolerance}
         try:
-            values, vectors = eigsh(operator, ncv=min(20, size), maxiter=max_restarts, **options)
+            values, vectors = eigsh(operator, ncv=min(10, size), maxiter=max_restarts, **options)
         except ArpackNoConvergence:
             return Eigenvalue(math.nan, math.nan, n_products, n_images)
         value, vector = float(values[0]), vectors[:, 0]

@@ -70,6 +70,7 @@ class PlainNet(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.feature_info: list[dict[str, Any]] = []
         modules: list[nn.Module] = []
         channels = in_chans
         for number, stage in enumerate(stages):
@@ -79,6 +80,8 @@ class PlainNet(nn.Module):
                 wider = max(1, round(out_channels * width))
                 modules.append(ConvNormAct(channels, wider, kernel_size))
                 channels = wider
+            info = {"num_chs": channels, "reduction": 2**number}
+            self.feature_info.append(info | {"module": f"features.{len(modules) - 1}"})
         self.features = nn.Sequential(*modules)
         self.num_features = self.head_hidden_size = channels
         self.head = ClassifierHead(channels, num_classes, global_pool, drop_rate)
@@ -130,9 +133,11 @@ class SmallDenseNet(DenseNet):  # type: ignore[misc]
         self.feature_ends = [names.index(module) for module in modules]
 
 
-def _plain(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    features = {"feature_cls": "fx"}
-    return build_model_with_cfg(PlainNet, variant, pretrained, feature_cfg=features, **kwargs)  # type: ignore[no-any-return]
+def _build(
+    cls: type[nn.Module], variant: str, pretrained: bool, n_features: int, kwargs: Any
+) -> nn.Module:
+    features = {"flatten_sequential": True, "out_indices": tuple(range(n_features))}
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=features, **kwargs)  # type: ignore[no-any-return]
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -144,13 +149,14 @@ def vggnet_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     the three fully connected layers, which are made for 224 pixels.
 
     Args:
-        pretrained: Refused by timm, as there are no weights.
+        pretrained: Refused, as there are no weights.
         kwargs: Of PlainNet; ``width=0.25`` for a quarter of the channels.
 
     Returns:
         The model.
     """
-    return _plain("vggnet_cifar", pretrained, **{"stages": VGG16, "pool_size": 2} | kwargs)
+    options: dict[str, Any] = {"stages": VGG16, "pool_size": 2} | kwargs
+    return _build(PlainNet, "vggnet_cifar", pretrained, len(options["stages"]), options)
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -162,13 +168,14 @@ def nin_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     the same map, but without a ReLU on the logits.
 
     Args:
-        pretrained: Refused by timm, as there are no weights.
+        pretrained: Refused, as there are no weights.
         kwargs: Of PlainNet.
 
     Returns:
         The model.
     """
-    return _plain("nin_cifar", pretrained, **{"stages": NIN, "pool_size": 3} | kwargs)
+    options: dict[str, Any] = {"stages": NIN, "pool_size": 3} | kwargs
+    return _build(PlainNet, "nin_cifar", pretrained, len(options["stages"]), options)
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -179,14 +186,12 @@ def densenet40_12_bc(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     * growth channels in front (Huang et al. 2017, arXiv 1608.06993, sections 3 and 4.2).
 
     Args:
-        pretrained: Refused by timm, as there are no weights.
+        pretrained: Refused, as there are no weights.
         kwargs: Of timm's DenseNet.
 
     Returns:
         The model.
     """
-    options = {"growth_rate": 12, "block_config": (6, 6, 6)} | kwargs
-    features = {"flatten_sequential": True}
-    return build_model_with_cfg(  # type: ignore[no-any-return]
-        SmallDenseNet, "densenet40_12_bc", pretrained, feature_cfg=features, **options
-    )
+    options: dict[str, Any] = {"growth_rate": 12, "block_config": (6, 6, 6)} | kwargs
+    n_features = 1 + len(options["block_config"])
+    return _build(SmallDenseNet, "densenet40_12_bc", pretrained, n_features, options)

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -114,21 +114,65 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         RecipeError: There is no such recipe, or the file is not one.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    return typed(*load("recipe", name, FOLDER))
+
+
+def load(what: str, name: str, folder: Path) -> tuple[Any, str]:
+    """Read a YAML file.
+
+    Args:
+        what: What it holds, for messages.
+        name: A file of the folder by its name, or the path of a YAML file.
+        folder: Where files that can be called by name lie.
+
+    Returns:
+        Its content and its path.
+
+    Raises:
+        RecipeError: There is no such file, or it is not YAML.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        if path.parent == FOLDER:
-            check_known("recipe", name, (known.stem for known in FOLDER.glob("*.yaml")))
-        raise RecipeError(f"expected a recipe file, found none at {path}")
+        if path.parent == folder:
+            check_known(what, name, (known.stem for known in folder.glob("*.yaml")))
+        raise RecipeError(f"expected a {what} file, found none at {path}")
     try:
-        entries = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text()), str(path)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
+
+
+def typed(entries: Any, place: str) -> dict[str, Any]:
+    """Check entries of a recipe that were read from a file.
+
+    Args:
+        entries: A mapping of entries to values.
+        place: Where it was read, for messages.
+
+    Returns:
+        The same with values of the right types.
+
+    Raises:
+        RecipeError: An entry is unknown, or a value is not of its type.
+    """
     if not isinstance(entries, dict):
-        raise RecipeError(f"expected {path} to map keys to values, found {entries!r}")
+        raise RecipeError(f"expected {place} to map keys to values, found {entries!r}")
     known = {entry.name: entry for entry in dataclasses.fields(Recipe)}
     for key in entries:
-        check_known(f"key in {path}", str(key), known)
-    return {key: _typed(known[key], value, path) for key, value in entries.items()}
+        check_known(f"key in {place}", str(key), known)
+    return {key: _typed(known[key], value, place) for key, value in entries.items()}
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay entries over one another; mappings such as ``model_kwargs`` are joined."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = result.get(key)
+            if isinstance(value, dict) and isinstance(below, dict):
+                value = {**below, **value}
+            result[key] = value
+    return result
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
@@ -178,10 +222,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     kept = ("recipe", "output", "fresh", "fsdp")
     run = argparse.Namespace(**{key: options.pop(key) for key in kept})
     run.output = run.output or Path("runs") / Path(run.recipe).stem
-    entries = read(run.recipe)
-    for key, value in options.items():
-        entries[key] = {**entries.get(key, {}), **value} if isinstance(value, dict) else value
-    return Recipe(**entries), run
+    return Recipe(**merged(read(run.recipe), options)), run
 
 
 def _option(entry: dataclasses.Field[Any]) -> dict[str, Any]:
@@ -216,7 +257,7 @@ class _KeyValues(timm.utils.ParseKwargs):  # type: ignore[misc]
         super().__call__(parser, namespace, values, option_string)
 
 
-def _typed(entry: dataclasses.Field[Any], value: Any, path: Path) -> Any:
+def _typed(entry: dataclasses.Field[Any], value: Any, place: str) -> Any:
     """Convert an entry of a YAML file; YAML reads 1e-3, for one, as a string."""
     kind = _kind(entry)
     if kind is Any or (value is None and entry.default is None):
@@ -228,7 +269,7 @@ def _typed(entry: dataclasses.Field[Any], value: Any, path: Path) -> Any:
         if kind is int and typed != float(value):
             raise ValueError
     except (TypeError, ValueError):
-        message = f"expected {entry.name} in {path} to be {kind.__name__}, found {value!r}"
+        message = f"expected {entry.name} in {place} to be {kind.__name__}, found {value!r}"
         raise RecipeError(message) from None
     return typed
 

@@ -101,7 +101,7 @@ def draw_spectra(path: Path, start: Spectra, end: Spectra, title: str) -> None:
         end: Spectra of the trained model.
         title: Says which run it is.
     """
-    names = _evenly_spaced(list(start), MAX_PANELS)
+    names = evenly_spaced(list(start), MAX_PANELS)
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     size = (3.4 * columns, 2.5 * rows + 0.8)
@@ -126,7 +126,8 @@ def draw_spectra(path: Path, start: Spectra, end: Spectra, title: str) -> None:
     plt.close(figure)
 
 
-def _evenly_spaced(names: list[str], most: int) -> list[str]:
+def evenly_spaced(names: list[str], most: int) -> list[str]:
+    """Return so many of the names at most, with the first and the last one."""
     if len(names) <= most:
         return names
     return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]

@@ -486,10 +486,10 @@ def test_many_layers_are_thinned_out_evenly(monkeypatch):
 
     values = {f"layer{i}.weight": torch.ones(3) for i in range(50)}
     with monkeypatch.context() as patch:
-        patch.setattr(report, "_evenly_spaced", two_of)
+        patch.setattr(report, "evenly_spaced", two_of)
         report.draw_spectra(Path("spectra.png"), values, values, "title")
     assert drawn == [report.MAX_PANELS]
     names = list(values)
-    chosen = report._evenly_spaced(names, 24)
+    chosen = report.evenly_spaced(names, 24)
     assert len(chosen) == len(set(chosen)) == 24
     assert (chosen[0], chosen[-1]) == (names[0], names[-1])

@@ -1,0 +1,280 @@
+"""The paper's experiment: ``python -m recipes.compare digits``.
+
+An experiment crosses networks, batches and methods. For every cell the learning rate is chosen
+among the same ones, by the accuracy on a part of the training images that is held out for that.
+With the chosen one each seed is then trained on all training images and measured on the test
+images. Every finished training is a file, so that the same command goes on where an earlier one
+stopped. At the end stand tables, figures and a report in one HTML file.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from recipes import train
+from recipes.comparison import Comparison
+from recipes.comparison_report import write_report
+from recipes.data import Datasets, create_datasets
+from recipes.experiment import FOLDER, Experiment, Run, read_experiment
+from recipes.measures import hessian_eigenvalue, sensitivity
+from recipes.recipe import Recipe, RecipeError
+from snr_hooks import spectra
+
+DIGITS = 5
+"""Significant digits of singular values in a run's file."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; on bad input, exit with a message in place of a traceback."""
+    names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", help=f"name of an experiment ({names}), or a YAML file")
+    parser.add_argument("--output", type=Path, help="default: runs/compare/<experiment>")
+    parser.add_argument("--data", help="in place of the experiment's")
+    parser.add_argument("--data-dir", help="in place of the experiment's")
+    parser.add_argument("--download", action="store_true", help="fetch the data if missing")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing, report what is finished"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
+    options = parser.parse_args(arguments)
+    given = {"data": options.data, "data_dir": options.data_dir}
+    given |= {"download": options.download or None}
+    try:
+        experiment = read_experiment(options.experiment)
+        for entries in experiment.cells.values():
+            entries.update({key: value for key, value in given.items() if value is not None})
+        output = options.output or Path("runs/compare") / experiment.name
+        if options.report:
+            write_report(finished(experiment, output), output)
+        else:
+            compare(experiment, output, options.jobs)
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues after the last finished training")
+
+
+def compare(experiment: Experiment, output: Path, jobs: int = 1) -> Comparison:
+    """Run what is missing of an experiment and write the report.
+
+    Args:
+        experiment: From ``read_experiment``.
+        output: Folder for the files of the trainings and the report.
+        jobs: How many trainings at a time.
+
+    Returns:
+        The results.
+
+    Raises:
+        RecipeError: A recipe cannot be built, or the folder holds another experiment.
+    """
+    if jobs < 1:
+        raise RecipeError(f"expected at least 1 job, found {jobs}")
+    selection = experiment.selection()
+    output.mkdir(parents=True, exist_ok=True)
+    for run in selection:
+        if run.recipe.lr == experiment.learning_rates[0]:
+            train.build(run.recipe, datasets=_datasets(*_data(run.recipe)))
+    _finish(selection, experiment.hessian_images, output, jobs, "choosing lr")
+    runs = experiment.runs(finished(experiment, output).chosen())
+    _finish(runs, experiment.hessian_images, output, jobs, "comparing")
+    comparison = finished(experiment, output)
+    write_report(comparison, output)
+    return comparison
+
+
+def finished(experiment: Experiment, output: Path) -> Comparison:
+    """Read what is finished of an experiment.
+
+    Args:
+        experiment: From ``read_experiment``.
+        output: Folder that holds the files of the trainings.
+
+    Returns:
+        The results so far; those on the test set of cells whose learning rate is chosen.
+
+    Raises:
+        RecipeError: The folder holds another experiment, or a damaged file.
+    """
+    selected = [_load(run, output) for run in experiment.selection()]
+    comparison = Comparison(experiment, [result for result in selected if result], [])
+    results = [_load(run, output) for run in experiment.runs(comparison.chosen())]
+    return dataclasses.replace(comparison, results=[result for result in results if result])
+
+
+def _finish(runs: Sequence[Run], hessian_images: int, output: Path, jobs: int, title: str) -> None:
+    """Train what has no file yet."""
+    missing = [run for run in runs if _load(run, output) is None]
+    work = {run.name: _work(run.recipe) for run in runs}
+    with tqdm(
+        desc=title,
+        total=sum(work.values()),
+        initial=sum(work.values()) - sum(work[run.name] for run in missing),
+        unit="epoch",
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    ) as bar:
+        for run, result in _results(missing, hessian_images, jobs):
+            _write(_path(run, output), result)
+            bar.update(work[run.name])
+            bar.set_postfix_str(f"{run.name}: {_outcome(result)}")
+
+
+def _work(recipe: Recipe) -> int:
+    """Return roughly how long a training takes, in epochs without perturbed images."""
+    return recipe.epochs * (2 if recipe.adversarial_eps else 1)
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    if result["diverged"]:
+        return "diverged"
+    return f"{max(row['test_accuracy'] for row in result['history']):.1f} %"
+
+
+def _results(
+    runs: Sequence[Run], hessian_images: int, jobs: int
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Yield each run with its result as it finishes."""
+    if jobs == 1:
+        yield from ((run, trial(run, hessian_images)) for run in runs)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    with ProcessPoolExecutor(
+        jobs, context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        futures = {pool.submit(trial, run, hessian_images): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def trial(run: Run, hessian_images: int) -> dict[str, Any]:
+    """Train and measure.
+
+    Args:
+        run: What to train; without measurements other than accuracy if it chooses a learning
+            rate.
+        hessian_images: Over how many training images the Hessian is averaged.
+
+    Returns:
+        The result, as it is written to the run's file.
+    """
+    recipe, start = run.recipe, time.monotonic()
+    training = train.build(recipe, datasets=_datasets(*_data(recipe)))
+    result: dict[str, Any] = {
+        "cell": run.cell._asdict(),
+        "recipe": dataclasses.asdict(recipe),
+        "diverged": None,
+        "history": [],
+        "n_train": len(training.loaders.train.dataset),  # type: ignore[arg-type]
+        "n_test": len(training.loaders.test.dataset),  # type: ignore[arg-type]
+        "n_steps": recipe.epochs * len(training.loaders.train),
+        "n_parameters": sum(p.numel() for p in training.model.parameters()),
+        "machine": f"{training.processes.device.type}, torch {torch.__version__}",
+    }
+    try:
+        with tqdm(disable=True) as bar:
+            for row in train.train(training, bar):
+                if not recipe.validation:
+                    row |= train.evaluate(training, "train_eval")
+                result["history"].append(row)
+        if not recipe.validation:
+            result |= _measure(training, hessian_images)
+    except train.DivergenceError as error:
+        result["diverged"] = str(error)
+    result["seconds"] = round(time.monotonic() - start, 1)
+    return result
+
+
+def _measure(training: train.Training, hessian_images: int) -> dict[str, Any]:
+    """Return the measurements that are made once, after training."""
+    model, loaders = training.model, training.loaders
+    images = loaders.train_eval.dataset
+    few = Subset(images, range(min(hessian_images, len(images))))  # type: ignore[arg-type]
+    eigenvalue = hessian_eigenvalue(model, DataLoader(few, loaders.train_eval.batch_size))
+    return {
+        "sensitivity": {
+            "train": sensitivity(model, loaders.train_eval),
+            "test": sensitivity(model, loaders.test),
+        },
+        "hessian": eigenvalue._asdict(),
+        "spectra": {
+            name: [float(f"{value:.{DIGITS}g}") for value in values.tolist()]
+            for name, values in spectra(model).items()
+        },
+    }
+
+
+def _data(recipe: Recipe) -> tuple[str, str, bool]:
+    return recipe.data, recipe.data_dir, recipe.download
+
+
+@functools.lru_cache(maxsize=1)
+def _datasets(data: str, data_dir: str, download: bool) -> Datasets:
+    """Open data once for all trainings of a process."""
+    return create_datasets(Recipe(data=data, data_dir=data_dir, download=download))
+
+
+def _path(run: Run, output: Path) -> Path:
+    folder = "selection" if run.recipe.validation else "runs"
+    return output / folder / f"{run.name}.json"
+
+
+def _load(run: Run, output: Path) -> dict[str, Any] | None:
+    """Read the file of a run; None if there is none yet."""
+    path = _path(run, output)
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        saved, _ = result["recipe"], result["seconds"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise RecipeError(
+            f"expected the result of a training in {path}, found a damaged file ({error!r}): "
+            "remove it, and the same command trains it again"
+        ) from None
+    current = json.loads(json.dumps(dataclasses.asdict(run.recipe)))
+    where = ("data", "data_dir", "download", "workers")
+    differing = [
+        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
+        for key in sorted(saved.keys() | current.keys())
+        if key not in where and saved.get(key) != current.get(key)
+    ]
+    if differing:
+        raise RecipeError(
+            f"{path} belongs to another recipe ({'; '.join(differing)}): pass another --output, "
+            "or remove the file"
+        )
+    return dict(result)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Write the file of a run, all of it or nothing."""
+    path.parent.mkdir(exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result) + "\n")
+    os.replace(unfinished, path)
+
+
+if __name__ == "__main__":
+    main()
