@@ -1,6 +1,5 @@
 """The figures of a comparison, as PNG files."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ matplotlib.use("Agg")  # pictures go to files; no screen is needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from recipes.comparison import Comparison, Result
 from recipes.measures import generalization_gap
@@ -116,7 +115,7 @@ def _sensitivity(axis: Axes, comparison: Comparison, network: str, batch: str) -
             label = method if split == "test" else None
             axis.plot(gaps, values, "o", color=color, fillstyle=fill, label=label)
     axis.set(xlabel="gap (points)", ylabel="mean |gradient at the image| (open: train)")
-    axis.set_yscale("log")
+    _set_log_scale(axis)
 
 
 def _hessian(axis: Axes, comparison: Comparison, network: str, batch: str) -> None:
@@ -125,11 +124,19 @@ def _hessian(axis: Axes, comparison: Comparison, network: str, batch: str) -> No
         values = [run["hessian"]["value"] for run in runs]
         place = [methods.index(method)] * len(values)
         axis.plot(place, values, "o", color=color, fillstyle="none", label=method)
-        if not all(map(math.isnan, values)):
-            axis.plot(place[:1], [np.nanmean(values)], "_", color=color, markersize=24)
+        axis.plot(place[:1], [np.mean(values)], "_", color=color, markersize=24)
     axis.set_xticks(range(len(methods)), methods)
     axis.set(xlim=(-0.5, len(methods) - 0.5), ylabel="largest eigenvalue (bar: mean)")
-    axis.set_yscale("log")
+    _set_log_scale(axis)
+
+
+def _set_log_scale(axis: Axes) -> None:
+    """Make the vertical axis logarithmic if there is anything that it can show."""
+    if any((np.asarray(line.get_ydata()) > 0).any() for line in axis.get_lines()):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
 
 
 def _spectra(path: Path, comparison: Comparison, network: str, batch: str) -> None:

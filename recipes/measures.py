@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
 
 Loader = Iterable[tuple[Tensor, Tensor]]
@@ -25,7 +25,7 @@ class Eigenvalue(NamedTuple):
     """The largest eigenvalue of a Hessian and how well it is known.
 
     Attributes:
-        value: The eigenvalue; NaN if the iteration did not converge.
+        value: The eigenvalue; NaN if the iteration did not converge, or a weight is not finite.
         residual: ``|H v - value v| / |value|`` for the unit vector v found: some eigenvalue
             lies within this relative distance.
         n_products: How many products with the Hessian were made.
@@ -92,7 +92,7 @@ def sensitivity(
     total, n_images = 0.0, 0
     with _evaluating(model) as device:
         for images, labels in loader:
-            images = images.to(device).requires_grad_()
+            images = images.to(device).detach().requires_grad_()
             value = loss(model(images), labels.to(device), reduction="sum")
             (gradient,) = torch.autograd.grad(value, images)
             total += float(gradient.flatten(1).norm(dim=1).double().sum())
@@ -148,8 +148,9 @@ def hessian_eigenvalue(
         options: dict[str, Any] = {"k": 1, "which": "LA", "v0": start, "tol": tolerance}
         try:
             values, vectors = eigsh(operator, ncv=min(10, size), maxiter=max_restarts, **options)
-        except ArpackNoConvergence:
-            return Eigenvalue(math.nan, math.nan, n_products, n_images)
+        except ArpackError:  # no convergence, numbers that are not finite, or a Hessian of zero
+            unknown = math.nan if product(start).any() else 0.0
+            return Eigenvalue(unknown, unknown, n_products, n_images)
         value, vector = float(values[0]), vectors[:, 0]
         residual = float(np.linalg.norm(product(vector) - value * vector)) / abs(value)
     return Eigenvalue(value, residual, n_products, n_images)

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import pickle
 import shlex
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from _oracles import as_matrix
 from PIL import Image
 
 from recipes import report
-from recipes.data import Digits
 from recipes.recipe import Recipe, RecipeError, parse, read
 from recipes.train import CHECKPOINT, build, main, run
 from snr_hooks import SNROptimizer
@@ -202,81 +200,6 @@ def test_a_finished_run_is_not_trained_again_unless_asked(capsys):
     assert Path("out", CHECKPOINT).stat().st_mtime_ns != before
 
 
-# --- data ---
-
-
-def image_folder(root, classes=("a", "b"), splits=("train", "test"), n=8):
-    for split in splits:
-        for i, name in enumerate(classes):
-            folder = Path(root, split, name)
-            folder.mkdir(parents=True)
-            for j in range(n):
-                pixels = np.full((12, 10, 3), 100 * i + j, dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{j}.png")
-
-
-def test_digits_are_split_without_overlap_into_equal_classes():
-    train, test = Digits("train"), Digits("test")
-    assert (len(train), len(test)) == (1437, 360)
-    assert len(train.classes) == 10
-    counts = np.bincount(test.labels)
-    assert counts.min() >= 35
-    assert train[0][0].mode == "RGB"
-
-
-def test_a_folder_of_images():
-    image_folder("images")
-    recipe = toy(data="folder:images", subset=None, batch_size=4, epochs=1)
-    loaders = build(recipe).loaders
-    assert len(loaders.train.dataset) == len(loaders.test.dataset) == 16
-    run(recipe, Path("out"))
-    assert len(rows("out")) == 1
-
-
-def write_cifar10(root, n=20):
-    """Write random images in the on-disk format of CIFAR-10's python version."""
-    folder = Path(root, "cifar-10-batches-py")
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        batch = {
-            "data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
-            "labels": [i % 10 for i in range(n)],
-        }
-        (folder / name).write_bytes(pickle.dumps(batch))
-    names = {"label_names": [f"class {i}" for i in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(names))
-
-
-def test_cifar10_from_files_in_the_real_format(monkeypatch):
-    write_cifar10("data")
-    # The files are not those whose checksums torchvision knows.
-    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    training = build(toy(data="cifar10", subset=None))
-    assert len(training.loaders.train.dataset) == 100
-    assert training.model.fc.out_features == 10
-
-
-def test_download_is_passed_to_torchvision(monkeypatch):
-    calls = []
-
-    def download(self):
-        calls.append(self.root)
-        raise RuntimeError("no network in tests")
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
-    with pytest.raises(RecipeError, match="no network in tests"):
-        build(toy(data="cifar10", download=True, data_dir="there"))
-    assert calls == ["there"]
-
-
-def test_the_subset_is_drawn_by_the_seed():
-    chosen = [build(toy(seed=seed)).loaders.train.dataset.indices for seed in (0, 0, 1)]
-    assert chosen[0] == chosen[1] != chosen[2]
-    assert len(set(chosen[0])) == 64
-
-
 # --- the command line ---
 
 
@@ -334,6 +257,13 @@ def test_a_run_from_a_recipe_file_that_the_run_itself_wrote():
         ({"choose": {"fv.*": "heads"}}, "pattern 'fv.*' in choose matches no parameter"),
         ({"snr_kwargs": {"include": "fv.*"}}, "'fv.*' matches no parameter.*nearest"),
         ({"opt_kwargs": {"nonsense": 1}}, "refused opt, lr, momentum, weight_decay or opt_kwargs"),
+        ({"micro_batch": 0}, "expected micro_batch to be at least 1, found 0"),
+        ({"test_subset": 0}, "expected test_subset to be at least 1, found 0"),
+        ({"validation": 1.0}, r"expected validation to be in \[0, 1\), found 1.0"),
+        ({"validation": 0.001}, "validation to leave images on both sides, found 0.001 of 64"),
+        ({"adversarial_eps": -1.0}, "expected adversarial_eps to be at least 0, found -1.0"),
+        ({"adversarial_eps": float("nan")}, "expected adversarial_eps to be at least 0"),
+        ({"adversarial_alpha": 0.0}, r"expected adversarial_alpha to be in \(0, 1\], found 0.0"),
         ({"sched": "cosin"}, "refused sched or sched_kwargs: Unknown scheduler 'cosin'"),
         ({"sched_kwargs": {"nonsense": 1}}, "refused sched or sched_kwargs.*nonsense"),
         ({"model_kwargs": {"nonsense": 1}}, "refused model, img_size or model_kwargs"),
@@ -369,26 +299,6 @@ def test_unknown_recipes_name_the_nearest():
         read("digit")
     with pytest.raises(RecipeError, match=r"found none at nowhere\.yaml"):
         read("nowhere.yaml")
-
-
-def test_folders_whose_classes_differ():
-    image_folder("images", splits=["train"])
-    image_folder("images", classes=("a", "c"), splits=["test"])
-    with pytest.raises(RecipeError, match=r"found \['b', 'c'\] in only one"):
-        build(toy(data="folder:images"))
-
-
-def test_folders_without_classes():
-    for split in ("train", "test"):
-        Path("images", split).mkdir(parents=True)
-    with pytest.raises(RecipeError, match="expected a folder of images for each class"):
-        build(toy(data="folder:images"))
-
-
-def test_too_few_images():
-    image_folder("images", n=2)
-    with pytest.raises(RecipeError, match="at least one batch of 32 training images, found 4"):
-        build(toy(data="folder:images", subset=None))
 
 
 def damaged(content, damage):
