@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from recipes import report
+from recipes import networks, report
 from recipes.bench import CYCLE, MODELS, cycles, hooked_step, measure, spread, weight_decay, wrapped
 from recipes.recipe import Recipe, read
 from recipes.train import run
@@ -321,6 +321,11 @@ def _norms_page(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n\n![Both norms of every layer](norms.png)"
 
 
+def _models_of_timm() -> list[str]:
+    """Return the models that come with timm, without those registered here."""
+    return [name for name in timm.list_models() if name not in networks.default_cfgs]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is not measured yet, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m recipes.views", description=__doc__)
@@ -331,7 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     measures: dict[str, Callable[[], Any]] = {
-        "coverage": lambda: coverage(options.models or timm.list_models()),
+        "coverage": lambda: coverage(options.models or _models_of_timm()),
         "cost": lambda: {name: cost(name, options.repetitions) for name in COST_MODELS},
         "norms": lambda: norms(NORM_MODEL, NORM_SIZE),
         "decoupled": lambda: decoupled(options.output / "runs"),

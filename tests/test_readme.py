@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from _launch import torchrun
 
+from recipes import compare
+from recipes.experiment import FOLDER, read_experiment
 from recipes.recipe import parse
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +70,28 @@ def test_recipe_commands_parse():
         arguments = command[command.index("recipes.train") + 1 :]
         outputs.append(str(parse(arguments)[1].output))
     assert len(set(outputs)) == len(outputs)  # run one after the other, none is in the way
+
+
+def test_comparison_commands_parse(monkeypatch):
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda experiment, output, _: seen.append(output))
+    commands = [
+        shlex.split(line, comments=True)
+        for text in blocks("sh")
+        for line in text.splitlines()
+        if "-m recipes.compare" in line
+    ]
+    for command in commands:
+        compare.main(command[command.index("recipes.compare") + 1 :])
+    assert len(set(seen)) == len(commands) >= 3
+
+
+def test_the_axes_of_an_experiment_are_ones(tmp_path):
+    (axes,) = blocks("yaml")
+    content = yaml.safe_load((FOLDER / "digits.yaml").read_text()) | yaml.safe_load(axes)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    experiment = read_experiment(str(tmp_path / "mine.yaml"))
+    assert len(experiment.cells) == 2 * 2 * 2
 
 
 def test_the_two_commands_create_their_environment():
