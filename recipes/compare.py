@@ -89,6 +89,7 @@ def compare(experiment: Experiment, output: Path, jobs: int = 1) -> Comparison:
     if jobs < 1:
         raise RecipeError(f"expected at least 1 job, found {jobs}")
     selection = experiment.selection()
+    _datasets.cache_clear()  # files may have changed since an earlier call
     output.mkdir(parents=True, exist_ok=True)
     for run in selection:
         if run.recipe.lr == experiment.learning_rates[0]:

@@ -104,6 +104,25 @@ def test_the_first_process_alone_writes_and_shows_progress(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--fsdp"]])
+def test_perturbed_images_and_micro_batches_on_two_processes(options, tmp_path, monkeypatch):
+    adversarial = [*TWO, "--adversarial-eps", "1", "--epochs", "1"]
+    parts = [*adversarial, "--micro-batch", "8", "--output", tmp_path / "two", *options]
+    finished = torchrun(["-m", "recipes.train", *parts], 2)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    create_loaders = train.create_loaders
+
+    def joined(recipe, *arguments):
+        loaders = create_loaders(recipe, *arguments)
+        return loaders._replace(train=Joined(loaders.train, recipe, 2))
+
+    monkeypatch.setattr(train, "create_loaders", joined)
+    recipe = parse(adversarial)[0]
+    run(recipe, tmp_path / "one")
+    assert_close(tmp_path / "two", tmp_path / "one", 1e-4)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_continues_on_any_number_of_processes(folder, tmp_path, monkeypatch):
     """From the first epoch of a data-parallel run, sharded on two and plain on one."""
     start = tmp_path / "start"
