@@ -11,12 +11,15 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,13 @@ from recipes import train
 from recipes.comparison import Comparison
 from recipes.comparison_report import write_report
 from recipes.data import Datasets, create_datasets
-from recipes.experiment import FOLDER, Experiment, Run, read_experiment
-from recipes.measures import hessian_eigenvalue, sensitivity
+from recipes.experiment import FOLDER, Cell, Experiment, Run, read_experiment
+from recipes.measures import best_accuracy, hessian_eigenvalue, sensitivity
 from recipes.recipe import Recipe, RecipeError
 from snr_hooks import spectra
+
+EXPLODED = 10
+"""A loss so many times that of guessing, at the end, counts as diverged."""
 
 DIGITS = 5
 """Significant digits of singular values in a run's file."""
@@ -63,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             entries.update({key: value for key, value in given.items() if value is not None})
         output = options.output or Path("runs/compare") / experiment.name
         if options.report:
-            write_report(finished(experiment, output), output)
+            report(experiment, output)
         else:
             compare(experiment, output, options.jobs)
     except RecipeError as error:
@@ -90,16 +96,47 @@ def compare(experiment: Experiment, output: Path, jobs: int = 1) -> Comparison:
         raise RecipeError(f"expected at least 1 job, found {jobs}")
     selection = experiment.selection()
     _datasets.cache_clear()  # files may have changed since an earlier call
-    output.mkdir(parents=True, exist_ok=True)
     for run in selection:
         if run.recipe.lr == experiment.learning_rates[0]:
-            train.build(run.recipe, datasets=_datasets(*_data(run.recipe)))
-    _finish(selection, experiment.hessian_images, output, jobs, "choosing lr")
-    runs = experiment.runs(finished(experiment, output).chosen())
-    _finish(runs, experiment.hessian_images, output, jobs, "comparing")
+            _rehearse(run)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _finish(selection, experiment, output, jobs, "choosing lr")
+        runs = experiment.runs(finished(experiment, output).chosen())
+        _finish(runs, experiment, output, jobs, "comparing")
+        return report(experiment, output)
+    except OSError as error:
+        raise RecipeError(f"expected to write to the folder {output}: {error}") from None
+
+
+def report(experiment: Experiment, output: Path) -> Comparison:
+    """Write the report of what is finished of an experiment.
+
+    Args:
+        experiment: From ``read_experiment``.
+        output: Folder that holds the files of the trainings.
+
+    Returns:
+        The results.
+
+    Raises:
+        RecipeError: Nothing is finished, or what ``finished`` refuses.
+    """
     comparison = finished(experiment, output)
+    if not comparison.selected:
+        raise RecipeError(f"expected finished trainings in the folder {output}, found none")
     write_report(comparison, output)
     return comparison
+
+
+def _rehearse(run: Run) -> None:
+    """Build what a run needs and measure on two images, to fail before any training."""
+    try:
+        training = train.build(run.recipe, datasets=_datasets(*_data(run.recipe)))
+        images = Subset(training.loaders.train_eval.dataset, range(2))
+        hessian_eigenvalue(training.model, DataLoader(images, 2), max_restarts=1)
+    except RecipeError as error:
+        raise RecipeError(f"{', '.join(run.cell)}: {error}") from None
 
 
 def finished(experiment: Experiment, output: Path) -> Comparison:
@@ -115,26 +152,28 @@ def finished(experiment: Experiment, output: Path) -> Comparison:
     Raises:
         RecipeError: The folder holds another experiment, or a damaged file.
     """
-    selected = [_load(run, output) for run in experiment.selection()]
+    selected = [_load(run, experiment, output) for run in experiment.selection()]
     comparison = Comparison(experiment, [result for result in selected if result], [])
-    results = [_load(run, output) for run in experiment.runs(comparison.chosen())]
+    runs = experiment.runs(comparison.chosen())
+    results = [_load(run, experiment, output) for run in runs]
     return dataclasses.replace(comparison, results=[result for result in results if result])
 
 
-def _finish(runs: Sequence[Run], hessian_images: int, output: Path, jobs: int, title: str) -> None:
+def _finish(
+    runs: Sequence[Run], experiment: Experiment, output: Path, jobs: int, title: str
+) -> None:
     """Train what has no file yet."""
-    missing = [run for run in runs if _load(run, output) is None]
-    work = {run.name: _work(run.recipe) for run in runs}
+    missing = [run for run in runs if _load(run, experiment, output) is None]
+    total, to_do = (sum(_work(run.recipe) for run in some) for some in (runs, missing))
     with tqdm(
         desc=title,
-        total=sum(work.values()),
-        initial=sum(work.values()) - sum(work[run.name] for run in missing),
+        total=total,
+        initial=total - to_do,
         unit="epoch",
         mininterval=0.1 if sys.stderr.isatty() else 10,
     ) as bar:
-        for run, result in _results(missing, hessian_images, jobs):
+        for run, result in _results(missing, experiment.hessian_images, jobs, bar):
             _write(_path(run, output), result)
-            bar.update(work[run.name])
             bar.set_postfix_str(f"{run.name}: {_outcome(result)}")
 
 
@@ -146,42 +185,73 @@ def _work(recipe: Recipe) -> int:
 def _outcome(result: dict[str, Any]) -> str:
     if result["diverged"]:
         return "diverged"
-    return f"{max(row['test_accuracy'] for row in result['history']):.1f} %"
+    return f"{best_accuracy(result['history']):.1f} %"
 
 
 def _results(
-    runs: Sequence[Run], hessian_images: int, jobs: int
+    runs: Sequence[Run], hessian_images: int, jobs: int, bar: "tqdm[Any]"
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Yield each run with its result as it finishes."""
+    """Yield each run with its result as it finishes; move the bar on with every epoch."""
     if jobs == 1:
-        yield from ((run, trial(run, hessian_images)) for run in runs)
+        for run in runs:
+            bar.set_postfix_str(run.name)
+            yield run, trial(run, hessian_images, bar.update)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(
-        jobs, context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        futures = {pool.submit(trial, run, hessian_images): run for run in runs}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads,)) as pool,
+    ):
+        epochs = manager.Queue()
+        futures = {pool.submit(trial, run, hessian_images, epochs.put): run for run in runs}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                while not epochs.empty():
+                    bar.update(epochs.get())
+                for future in done:
+                    yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise RecipeError(
+                "a process that trains was killed, perhaps for its memory: the same command "
+                "continues, and fewer --jobs need less"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def trial(run: Run, hessian_images: int) -> dict[str, Any]:
+def _start(threads: int) -> None:
+    """Prepare a process that trains, and end it with the one that started it."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def trial(
+    run: Run, hessian_images: int, advance: Callable[[int], object] = lambda _: None
+) -> dict[str, Any]:
     """Train and measure.
 
     Args:
         run: What to train; without measurements other than accuracy if it chooses a learning
             rate.
-        hessian_images: Over how many training images the Hessian is averaged.
+        hessian_images: Over how many training images the Hessian is averaged at most.
+        advance: Is called with the amount of work that has been done.
 
     Returns:
         The result, as it is written to the run's file.
     """
     recipe, start = run.recipe, time.monotonic()
-    training = train.build(recipe, datasets=_datasets(*_data(recipe)))
+    datasets = _datasets(*_data(recipe))
+    training = train.build(recipe, datasets=datasets)
     result: dict[str, Any] = {
         "cell": run.cell._asdict(),
         "recipe": dataclasses.asdict(recipe),
@@ -199,12 +269,33 @@ def trial(run: Run, hessian_images: int) -> dict[str, Any]:
                 if not recipe.validation:
                     row |= train.evaluate(training, "train_eval")
                 result["history"].append(row)
+                advance(_work(recipe) // recipe.epochs)
+                _check_finite(row)
+        _check_trained(row, datasets.n_classes)
         if not recipe.validation:
             result |= _measure(training, hessian_images)
     except train.DivergenceError as error:
-        result["diverged"] = str(error)
+        result["diverged"] = error.what
+        advance(_work(recipe) // recipe.epochs * (recipe.epochs - len(result["history"])))
     result["seconds"] = round(time.monotonic() - start, 1)
     return result
+
+
+def _check_finite(row: dict[str, Any]) -> None:
+    """Refuse weights that the last step has broken, which no training loss has seen."""
+    for name in ("test_loss", "train_eval_loss"):
+        if not math.isfinite(row.get(name, 0)):
+            raise train.DivergenceError(f"{name} is {row[name]} after epoch {row['epoch'] + 1}")
+
+
+def _check_trained(row: dict[str, Any], n_classes: int) -> None:
+    """Refuse weights that are finite, but far from anything trained."""
+    guessing = math.log(n_classes)
+    if row["train_loss"] > EXPLODED * guessing:
+        raise train.DivergenceError(
+            f"the training loss is {row['train_loss']:.3g} in the last epoch, where guessing has "
+            f"{guessing:.3g}"
+        )
 
 
 def _measure(training: train.Training, hessian_images: int) -> dict[str, Any]:
@@ -241,30 +332,36 @@ def _path(run: Run, output: Path) -> Path:
     return output / folder / f"{run.name}.json"
 
 
-def _load(run: Run, output: Path) -> dict[str, Any] | None:
+def _load(run: Run, experiment: Experiment, output: Path) -> dict[str, Any] | None:
     """Read the file of a run; None if there is none yet."""
     path = _path(run, output)
     if not path.exists():
         return None
     try:
         result = json.loads(path.read_text())
-        saved, _ = result["recipe"], result["seconds"]
-    except (ValueError, LookupError, TypeError) as error:
+        saved, _, cell = result["recipe"], result["seconds"], Cell(**result["cell"])
+        n_measured = min(result["n_train"], result["n_test"], experiment.hessian_images)
+        measured = result["hessian"]["n_images"] if "hessian" in result else n_measured
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"expected the result of a training in {path}, found a damaged file ({error!r}): "
             "remove it, and the same command trains it again"
         ) from None
     current = json.loads(json.dumps(dataclasses.asdict(run.recipe)))
-    where = ("data", "data_dir", "download", "workers")
+    where = ("data_dir", "download", "workers")
     differing = [
         f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
         for key in sorted(saved.keys() | current.keys())
         if key not in where and saved.get(key) != current.get(key)
     ]
+    if cell != run.cell:
+        differing.append(f"it is of {', '.join(cell)} there and of {', '.join(run.cell)} here")
+    if measured != n_measured:
+        differing.append(f"hessian_images is {measured} there and {n_measured} here")
     if differing:
         raise RecipeError(
             f"{path} belongs to another recipe ({'; '.join(differing)}): pass another --output, "
-            "or remove the file"
+            "or remove what it holds of the other experiment"
         )
     return dict(result)
 

@@ -32,7 +32,7 @@ class Measure(NamedTuple):
 MEASURES = [
     Measure("best test accuracy (%)", lambda run, _: best_accuracy(run["history"]), True, 2),
     Measure(
-        "gap at alpha = {alpha:.2f} % (points)",
+        "gap at alpha = {alpha} (points)",
         lambda run, alpha: generalization_gap(run["history"], alpha),
         False,
         2,
@@ -50,7 +50,11 @@ MEASURES = [
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over seeds (n - 1 in the denominator), and who diverged."""
+    """Mean and standard deviation over seeds, and how many diverged.
+
+    The deviation has n - 1 in the denominator and is NaN for a single seed. Both are NaN if a
+    value is not finite, such as an eigenvalue that was not found.
+    """
 
     mean: float
     std: float
@@ -82,13 +86,16 @@ class Comparison:
         }
 
     def chosen(self) -> dict[Cell, float]:
-        """Return the best learning rate of every cell; the smallest if all have diverged."""
+        """Return the best learning rate of every cell for which all have been tried.
+
+        Of equally good ones it is the smallest, also if all have diverged.
+        """
         return {
             cell: max(
                 sorted(found), key=lambda lr: -math.inf if math.isnan(found[lr]) else found[lr]
             )
             for cell in self.experiment.cells
-            if (found := self.validation(cell))
+            if len(found := self.validation(cell)) == len(self.experiment.learning_rates)
         }
 
     def rows(self) -> list[tuple[str, str]]:
@@ -118,8 +125,9 @@ class Comparison:
         found = of_cell(self.results, Cell(network, batch, method))
         alpha = self.alpha(network, batch)
         values = [measure.of(run, alpha) for run in self.runs(network, batch, method)]
-        mean = statistics.fmean(values) if values else math.nan
-        std = statistics.stdev(values) if len(values) > 1 else math.nan
+        known = values if all(map(math.isfinite, values)) else []
+        mean = statistics.fmean(known) if known else math.nan
+        std = statistics.stdev(known) if len(known) > 1 else math.nan
         return Spread(mean, std, len(found), len(found) - len(values))
 
 
@@ -128,12 +136,21 @@ def of_cell(results: Sequence[Result], cell: Cell) -> list[Result]:
     return [run for run in results if Cell(**run["cell"]) == cell]
 
 
-def best(spreads: Sequence[Spread], measure: Measure) -> set[int]:
-    """Return which of the cells of a row have the best mean, as it is printed."""
+def best(spreads: Sequence[Spread], measure: Measure, n_seeds: int) -> set[int]:
+    """Return which of the cells of a row have the best mean, as it is printed.
+
+    Args:
+        spreads: The cells.
+        measure: Says whether more is better.
+        n_seeds: Cells with fewer runs do not count, nor do those where one has diverged.
+
+    Returns:
+        The indices of the best.
+    """
     means = {
         index: round(spread.mean, measure.digits)
         for index, spread in enumerate(spreads)
-        if not math.isnan(spread.mean) and not spread.n_diverged
+        if spread.n_runs == n_seeds and not spread.n_diverged and not math.isnan(spread.mean)
     }
     if not means:
         return set()

@@ -1,6 +1,6 @@
 """The figures of a comparison, as PNG files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # pictures go to files; no screen is needed
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from recipes.comparison import Comparison, Result
@@ -32,19 +33,19 @@ def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
         The files by what they show.
     """
     figures = {
-        "Accuracy over the epochs: test (solid, with the range over seeds) and train (dashed)": (
+        "Accuracy over the epochs: test (solid, range over seeds shaded) and train (dashed)": (
             "accuracy.png",
             _accuracy,
         ),
-        "Generalization gap over the test accuracy alpha from which on it is taken": (
+        "Generalization gap: the smallest over epochs with a test accuracy of at least alpha": (
             "gap.png",
             _gap,
         ),
-        "Sensitivity at the end against the generalization gap, one point a run": (
+        "Sensitivity (full: test, open: train) against the generalization gap, by run": (
             "sensitivity.png",
             _sensitivity,
         ),
-        "Largest eigenvalue of the Hessian of the training loss, one point a run": (
+        "Largest eigenvalue of the Hessian of the training loss, by run": (
             "hessian.png",
             _hessian,
         ),
@@ -58,8 +59,8 @@ def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
             draw(axis, comparison, network, batch)
             axis.set_title(f"{network}, batch {batch}")
             axis.grid(alpha=0.3)
-        handles, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        _set_legend(figure, grid.flat, "outside lower center")
+        figure.suptitle(title)
         found[title] = folder / name
         figure.savefig(found[title], dpi=100)
         plt.close(figure)
@@ -68,6 +69,18 @@ def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
         found[title] = folder / f"spectra-{network}-{batch}.png"
         _spectra(found[title], comparison, network, batch)
     return found
+
+
+def _set_legend(figure: Figure, axes: Iterable[Axes], place: Any) -> None:
+    """Explain every method that is in any panel."""
+    found = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    if found:
+        columns = 1 if "right" in place else len(found)
+        figure.legend(found.values(), found.keys(), loc=place, ncols=columns)
 
 
 def _by_method(
@@ -93,6 +106,7 @@ def _accuracy(axis: Axes, comparison: Comparison, network: str, batch: str) -> N
         axis.fill_between(epochs, test.min(0), test.max(0), color=color, alpha=0.15)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="epoch", ylabel="accuracy (%)")
+    axis.set_ylim(top=min(101, axis.get_ylim()[1]))
 
 
 def _gap(axis: Axes, comparison: Comparison, network: str, batch: str) -> None:
@@ -114,7 +128,7 @@ def _sensitivity(axis: Axes, comparison: Comparison, network: str, batch: str) -
             values = [run["sensitivity"][split] for run in runs]
             label = method if split == "test" else None
             axis.plot(gaps, values, "o", color=color, fillstyle=fill, label=label)
-    axis.set(xlabel="gap (points)", ylabel="mean |gradient at the image| (open: train)")
+    axis.set(xlabel="gap (points)", ylabel="mean |gradient at the image|")
     _set_log_scale(axis)
 
 
@@ -123,7 +137,7 @@ def _hessian(axis: Axes, comparison: Comparison, network: str, batch: str) -> No
     for method, color, runs in _by_method(comparison, network, batch):
         values = [run["hessian"]["value"] for run in runs]
         place = [methods.index(method)] * len(values)
-        axis.plot(place, values, "o", color=color, fillstyle="none", label=method)
+        axis.plot(place, values, "o", color=color, fillstyle="none")
         axis.plot(place[:1], [np.mean(values)], "_", color=color, markersize=24)
     axis.set_xticks(range(len(methods)), methods)
     axis.set(xlim=(-0.5, len(methods) - 0.5), ylabel="largest eigenvalue (bar: mean)")
@@ -157,8 +171,7 @@ def _spectra(path: Path, comparison: Comparison, network: str, batch: str) -> No
         axis.grid(alpha=0.3)
         axis.set_title(name.removesuffix(".weight"), fontsize=8)
     if names:
-        handles, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper")
+        _set_legend(figure, grid.flat, "outside right upper")
     figure.supxlabel("rank of the singular value", fontsize=9)
     figure.supylabel("singular value (weight as a matrix)", fontsize=9)
     figure.suptitle(f"{network}, batch {batch}: mean over seeds")

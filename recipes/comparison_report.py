@@ -17,15 +17,17 @@ NOTE = (
     "row is bold. The gap is the smallest train minus test accuracy over the epochs whose test "
     "accuracy is at least alpha, the highest accuracy that every run of the row reaches. "
     "Accuracies are those of the network in evaluation mode after each epoch, on images without "
-    "augmentation, that of training images on as many as there are test images. Sensitivity: mean "
-    "l2 norm of the gradient of the loss at the image, after training. The Hessian is that of the "
-    "mean training loss over some images, after training. sigma_1: of weights as matrices."
+    "augmentation, that of training images on as many as there are test images. Networks that have "
+    "learnt little have small gaps, too. Sensitivity: mean l2 norm of the gradient of the loss at "
+    "the image as the network gets it, in its units; after training. The Hessian is that of the "
+    "mean loss over up to {n} training images, without penalties or perturbations, after "
+    "training. sigma_1: of weights as matrices. With one seed there is no deviation."
 )
 
 LR_NOTE = (
-    "Best accuracy (%) on the held-out part of the training images, one training each; the best is "
-    "bold and was used. A star says that it is at the end of the range, so that a better one may "
-    "lie outside."
+    "Best accuracy (%) on the held-out part of the training images, one training each; the best, "
+    "or the smallest of those that are equally good, is bold and was used. A star says that it is "
+    "at the end of the range, so that a better one may lie outside."
 )
 
 STYLE = """
@@ -56,7 +58,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         folder: Where the files go.
     """
     tables = {
-        "Results": (results_table(comparison), NOTE),
+        "Results": (results_table(comparison), NOTE.format(n=comparison.experiment.hessian_images)),
         "Learning rates": (learning_rates_table(comparison), LR_NOTE),
     }
     figures = draw_all(comparison, folder)
@@ -64,7 +66,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     for title, (table, note) in tables.items():
         text += [f"## {title}", markdown(table), note]
     (folder / "table.md").write_text("\n\n".join(text) + "\n")
-    tables["Every run"] = (runs_table(comparison), "As in the runs' files.")
+    tables["Every run"] = (runs_table(comparison), _divergences(comparison))
     (folder / "report.html").write_text(_page(comparison, tables, figures))
     print("\n\n".join(text))
     for path in [*figures.values(), folder / "table.md", folder / "report.html"]:
@@ -86,12 +88,13 @@ def results_table(comparison: Comparison) -> Table:
     for network, batch in comparison.rows():
         for number, measure in enumerate(MEASURES):
             spreads = [comparison.spread(network, batch, method, measure) for method in methods]
-            winners = best(spreads, measure)
+            winners = best(spreads, measure, len(comparison.experiment.seeds))
             cells = [
                 Text(_spread(spread, measure, comparison), bold=index in winners)
                 for index, spread in enumerate(spreads)
             ]
-            title = measure.title.format(alpha=comparison.alpha(network, batch))
+            alpha = comparison.alpha(network, batch)
+            title = measure.title.format(alpha="?" if math.isnan(alpha) else f"{alpha:.2f} %")
             first = _row_title(comparison, network, batch) if number == 0 else ""
             table.append([Text(first), Text(title), *cells])
     return table
@@ -113,8 +116,16 @@ def _spread(spread: Spread, measure: Measure, comparison: Comparison) -> str:
         return "not run"
     if spread.n_diverged:
         return f"diverged ({spread.n_diverged} of {spread.n_runs})"
-    text = f"{spread.mean:.{measure.digits}f} \u00b1 {spread.std:.{measure.digits}f}"
+    if math.isnan(spread.mean):
+        return "unknown"
+    text = _number(spread.mean, measure)
+    if not math.isnan(spread.std):
+        text += f" \u00b1 {_number(spread.std, measure)}"
     return text if spread.n_runs == seeds else f"{text} ({spread.n_runs} of {seeds} seeds)"
+
+
+def _number(value: float, measure: Measure) -> str:
+    return f"{value:.{measure.digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 def learning_rates_table(comparison: Comparison) -> Table:
@@ -126,7 +137,7 @@ def learning_rates_table(comparison: Comparison) -> Table:
         found = comparison.validation(cell)
         row = [Text(", ".join(cell))]
         for rate in rates:
-            is_chosen = chosen.get(cell) == rate
+            is_chosen = chosen.get(cell) == rate and not math.isnan(found[rate])
             words = "not run"
             if rate in found:
                 words = "diverged" if math.isnan(found[rate]) else f"{found[rate]:.2f}"
@@ -145,13 +156,23 @@ def runs_table(comparison: Comparison) -> Table:
         cell, recipe = Cell(**run["cell"]), run["recipe"]
         row = [f"{', '.join(cell)}, seed {recipe['seed']}", f"{recipe['lr']:g}"]
         row += [str(run["n_parameters"]), str(run["n_train"])]
-        row += (
-            ["diverged", run["diverged"], *[""] * 3]
-            if run["diverged"]
-            else _figures(run, comparison.alpha(cell.network, cell.batch))
-        )
+        if run["diverged"]:
+            row += ["diverged", *[""] * 4]
+        else:
+            row += _figures(run, comparison.alpha(cell.network, cell.batch))
         table.append([Text(words) for words in [*row, f"{run['seconds']:.0f}", run["machine"]]])
     return table
+
+
+def _divergences(comparison: Comparison) -> str:
+    """Say what happened in runs that diverged, those that choose learning rates included."""
+    found = [
+        f"{', '.join(Cell(**run['cell']))}, learning rate {run['recipe']['lr']:g}: "
+        f"{run['diverged']}"
+        for run in [*comparison.selected, *comparison.results]
+        if run["diverged"]
+    ]
+    return "Diverged: " + ("; ".join(found) or "none") + "."
 
 
 def _figures(run: Result, alpha: float) -> list[str]:

@@ -206,7 +206,8 @@ def create_loaders(
     if len(train) < recipe.batch_size:
         raise RecipeError(
             f"expected at least one batch of {recipe.batch_size} training images, found "
-            f"{len(train)} images in {recipe.data!r}: lower batch_size"
+            f"{len(train)} images of {recipe.data!r} (less what subset and validation leave "
+            "out): lower batch_size"
         )
     options: dict[str, Any] = {
         "batch_size": recipe.batch_size // size,
@@ -242,6 +243,10 @@ def _select(
 ) -> tuple[Selection, Selection, Selection]:
     """Return the images to train on, some of them to measure on, and those to test on."""
     train, test, _ = datasets
+    for key, images in (("subset", train), ("test_subset", test)):
+        wanted = getattr(recipe, key)
+        if wanted is not None and wanted > len(images):
+            raise RecipeError(f"expected {key} to be at most {len(images)}, found {wanted}")
     order = _permutation(len(train), recipe.seed)
     chosen = order[: recipe.subset]
     n_held_out = round(recipe.validation * len(chosen))

@@ -1,6 +1,7 @@
 """An experiment: one YAML file that says which networks, batches and methods to compare."""
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """Under which the run is filed."""
-        last = f"lr{self.recipe.lr:g}" if self.recipe.validation else f"seed{self.recipe.seed}"
-        return "-".join([*self.cell, last])
+        name = f"{'-'.join(self.cell)}-lr{self.recipe.lr}"
+        return name if self.recipe.validation else f"{name}-seed{self.recipe.seed}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Experiment:
         """Return the runs that choose learning rates: all of them, for every cell, once."""
         own: dict[str, Any] = {"seed": self.seeds[0], "validation": self.validation}
         return [
-            Run(cell, Recipe(**entries, lr=lr, **own))
+            Run(cell, _recipe(cell, entries | own | {"lr": lr}))
             for cell, entries in self.cells.items()
             for lr in self.learning_rates
         ]
@@ -79,7 +80,7 @@ class Experiment:
             off has fewer seeds and not fewer cells.
         """
         return [
-            Run(cell, Recipe(**entries, lr=chosen[cell], seed=seed))
+            Run(cell, _recipe(cell, entries | {"lr": chosen[cell], "seed": seed}))
             for seed in self.seeds
             for cell, entries in self.cells.items()
             if cell in chosen
@@ -127,12 +128,22 @@ def read_experiment(name: str) -> Experiment:
     return experiment
 
 
+def _recipe(cell: Cell, entries: dict[str, Any]) -> Recipe:
+    """Make the recipe of a cell; errors name the cell."""
+    try:
+        return Recipe(**entries)
+    except RecipeError as error:
+        raise RecipeError(f"{', '.join(cell)}: {error}") from None
+
+
 def _axis(content: Any, place: str) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict):
         raise RecipeError(f"expected {place} to map names to entries, found {content!r}")
     for name in content:
         if not str(name).replace("_", "").replace("+", "").replace(".", "").isalnum():
             raise RecipeError(f"expected letters, digits, _, + and . in {place}, found {name!r}")
+    if len({str(name) for name in content}) < len(content):
+        raise RecipeError(f"expected each name in {place} once, found {list(content)}")
     return {str(key): _entries(value, f"{key} of {place}") for key, value in content.items()}
 
 
@@ -149,17 +160,22 @@ def _entries(content: Any, place: str) -> dict[str, Any]:
 
 def _numbers(content: dict[str, Any], key: str, kind: type, place: str) -> list[Any]:
     values = content[key]
-    if not isinstance(values, list) or len(set(map(str, values))) < len(values):
-        raise RecipeError(f"expected {key} in {place} to be a list of values, each once")
-    return [_number({key: value}, key, kind, place) for value in values]
+    if key == "learning_rates" and isinstance(values, list) and 0 in values:
+        raise RecipeError(f"expected learning_rates in {place} to be positive, found 0")
+    if not isinstance(values, list):
+        raise RecipeError(f"expected {key} in {place} to be a list, found {values!r}")
+    numbers = [_number({key: value}, key, kind, place) for value in values]
+    if len(set(numbers)) < len(numbers):
+        raise RecipeError(f"expected each of {key} in {place} once, found {values!r}")
+    return numbers
 
 
 def _number(content: dict[str, Any], key: str, kind: type, place: str) -> Any:
     try:
         value = kind(content[key])
-        if isinstance(content[key], bool) or value != float(content[key]) or value < 0:
+        if isinstance(content[key], bool) or value != float(content[key]) or not 0 <= value < inf:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = content[key]
         message = f"expected {key} in {place} to be {kind.__name__} and at least 0, found {found!r}"
         raise RecipeError(message) from None

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[..., Tensor]
@@ -88,6 +89,9 @@ def sensitivity(
 
     Returns:
         The mean norm.
+
+    Raises:
+        ValueError: The loader has no images.
     """
     total, n_images = 0.0, 0
     with _evaluating(model) as device:
@@ -97,6 +101,8 @@ def sensitivity(
             (gradient,) = torch.autograd.grad(value, images)
             total += float(gradient.flatten(1).norm(dim=1).double().sum())
             n_images += len(images)
+    if n_images == 0:
+        raise ValueError("expected a loader of images, found none in it")
     return total / n_images
 
 
@@ -125,12 +131,21 @@ def hessian_eigenvalue(
 
     Returns:
         The eigenvalue, with the residual that was reached.
+
+    Raises:
+        ValueError: The loader has no images, or the model fewer than two parameters.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     size, n_products = sum(p.numel() for p in parameters), 0
-    with _evaluating(model) as device:
+    # Fused attention has no second derivative.
+    with _evaluating(model) as device, sdpa_kernel(SDPBackend.MATH):
         batches = [(images.to(device), labels.to(device)) for images, labels in loader]
         n_images = sum(len(images) for images, _ in batches)
+        if size < 2 or n_images == 0:
+            raise ValueError(
+                "expected two parameters that require a gradient and an image at least, found "
+                f"{size} and {n_images}"
+            )
 
         def product(vector: NDArray[np.float64]) -> NDArray[np.float64]:
             nonlocal n_products
@@ -152,7 +167,8 @@ def hessian_eigenvalue(
             unknown = math.nan if product(start).any() else 0.0
             return Eigenvalue(unknown, unknown, n_products, n_images)
         value, vector = float(values[0]), vectors[:, 0]
-        residual = float(np.linalg.norm(product(vector) - value * vector)) / abs(value)
+        error = float(np.linalg.norm(product(vector) - value * vector))
+        residual = error / abs(value) if value else math.inf
     return Eigenvalue(value, residual, n_products, n_images)
 
 

@@ -56,6 +56,9 @@ class PlainNet(nn.Module):
         in_chans: Channels of the images.
         global_pool: As in timm.
         drop_rate: Dropout before the linear layer.
+
+    Raises:
+        ValueError: The width is not positive.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class PlainNet(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        if not width > 0:
+            raise ValueError(f"expected width to be positive, found {width}")
         self.num_classes = num_classes
         self.feature_info: list[dict[str, Any]] = []
         modules: list[nn.Module] = []

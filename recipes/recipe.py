@@ -22,6 +22,10 @@ FOLDER = Path(__file__).parent
 class RecipeError(ValueError):
     """Something in a recipe, its data or its checkpoint is not as expected."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises what happened in a worker anew, with all of the traceback.
+        super().__init__(message.rpartition("recipes.recipe.RecipeError: ")[2].strip())
+
 
 def _entry(default: Any, description: str) -> Any:
     """Declare an entry with what ``--help`` says of it."""
@@ -135,11 +139,22 @@ def load(what: str, name: str, folder: Path) -> tuple[Any, str]:
     if not path.is_file():
         if path.parent == folder:
             check_known(what, name, (known.stem for known in folder.glob("*.yaml")))
-        raise RecipeError(f"expected a {what} file, found none at {path}")
+        raise RecipeError(f"expected a file that holds the {what}, found none at {path}")
     try:
-        return yaml.safe_load(path.read_text()), str(path)
+        return yaml.load(path.read_text(), _Loader), str(path)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} is given more than once\n{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def typed(entries: Any, place: str) -> dict[str, Any]:

@@ -38,12 +38,16 @@ from snr_hooks import SNROptimizer, audit, spectra
 
 CHECKPOINT = "last.pth.tar"
 
-TINY = 1e-30
-"""Gradients below this norm have no direction."""
+TINY = 1e-60
+"""Gradients below this norm have no direction, which are those of zero in float32."""
 
 
 class DivergenceError(RecipeError):
-    """The loss is not finite."""
+    """The loss is not finite; ``what`` says where, without advice."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}: {advice}" if advice else what)
+        self.what = what
 
 
 class Training(NamedTuple):
@@ -263,7 +267,8 @@ def train_epoch(training: Training, epoch: int, bar: "tqdm[Any]") -> dict[str, f
     if n_skipped == len(loaders.train):
         raise DivergenceError(
             f"the loss was not finite in any step of epoch {epoch + 1}, so that there is nothing "
-            "to go on with: start again, in another --output or with --fresh, with a lower lr"
+            "to go on with",
+            "start again, in another --output or with --fresh, with a lower lr",
         )
     return _averages("train", processes, loss_meter, accuracy_meter)
 
@@ -324,7 +329,8 @@ def objective(
     output = model(images)
     yield alpha * nn.functional.cross_entropy(output, labels), output
     assert images.grad is not None
-    direction = nn.functional.normalize(images.grad.flatten(1), eps=TINY).view_as(images)
+    gradient = images.grad.flatten(1).double()  # in float32, squares of small ones are zero
+    direction = nn.functional.normalize(gradient, eps=TINY).to(images).view_as(images)
     output = model(images.detach() + eps * direction)
     yield (1 - alpha) * nn.functional.cross_entropy(output, labels), output
 
@@ -335,9 +341,10 @@ def _report_nonfinite(loss: float, step: int, epoch: int, *, stop: bool, bar: "t
         what = f"the loss of another process is not finite at step {step} (epoch {epoch + 1})"
     if stop:
         raise DivergenceError(
-            f"{what}: pass --skip-nonfinite to go on from the last finished epoch without such "
+            what,
+            "pass --skip-nonfinite to go on from the last finished epoch without such "
             "steps, or start again, in another --output or with --fresh, with a lower lr or "
-            "warm-up (sched_kwargs warmup_epochs)"
+            "warm-up (sched_kwargs warmup_epochs)",
         )
     if not bar.disable:
         bar.write(f"{what}; skipped")

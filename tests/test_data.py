@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from recipes.data import Digits
@@ -30,7 +31,7 @@ def image_folder(root, classes=("a", "b"), splits=("train", "test"), n=8):
             folder = Path(root, split, name)
             folder.mkdir(parents=True)
             for j in range(n):
-                pixels = np.full((12, 10, 3), 100 * i + j, dtype=np.uint8)
+                pixels = np.full((12, 10, 3), 60 * i + j, dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{j}.png")
 
 
@@ -198,6 +199,42 @@ def test_training_images_to_measure_on_are_as_many_as_test_images_and_not_augmen
     assert len(build(toy()).loaders.train_eval.dataset) == 64  # there are no more
 
 
+def test_training_images_to_measure_on_are_drawn_from_a_sorted_folder():
+    image_folder("images", classes="abcd", splits=["train"], n=8)
+    image_folder("images", classes="abcd", splits=["test"], n=3)
+    loaders = build(toy(data="folder:images", subset=None, batch_size=4)).loaders
+    assert loaders.train.dataset.indices == list(range(32))
+    measured = loaders.train_eval.dataset
+    labels = {measured.dataset.targets[index] for index in measured.indices}
+    assert len(measured) == 12
+    assert labels == {0, 1, 2, 3}
+
+
+def test_the_held_out_part_is_rounded():
+    assert len(build(toy(validation=0.3)).loaders.test.dataset) == 19  # of 19.2
+    assert len(build(toy(validation=0.37)).loaders.test.dataset) == 24  # of 23.7
+
+
+def test_training_images_are_shuffled_anew_in_full_batches():
+    loader = build(toy(subset=70, transform_kwargs={"no_aug": True})).loaders.train
+    first, second = list(loader), list(loader)
+    assert [len(labels) for _, labels in first] == [32, 32]
+    assert not torch.equal(first[0][0], second[0][0])
+
+
+def test_images_to_measure_on_are_neither_cropped_nor_resized():
+    for split in ("train", "test"):
+        noise(Path("images", split, "a", "0.png"), 32)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("images/test/a/0.png")
+    loaders = build(toy(data="folder:images", subset=None, batch_size=1, img_size=32)).loaders
+    found, _ = loaders.test.dataset[0]
+    normalize = loaders.test.dataset.transform.transforms[-1]
+    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    mean, std = (torch.as_tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
+    torch.testing.assert_close(found, (expected - mean) / std)
+
+
 # --- decoding ---
 
 
@@ -227,6 +264,8 @@ def test_small_images_are_decoded_once(opened, side, times):
         noise(Path(path), side)
     recipe = toy(data="folder:images", subset=None, batch_size=1, img_size=16)
     loaders = build(recipe).loaders
+    kept = loaders.test.dataset.dataset.loader.kept
+    assert len(kept) == (2 if side == 96 else 0)  # ahead, so that worker processes share them
     first, second = list(loaders.test), list(loaders.test)
     assert opened["images/test/a/1.png"] == times  # in two passes
     assert (first[1][0] == second[1][0]).all()
@@ -235,14 +274,15 @@ def test_small_images_are_decoded_once(opened, side, times):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
-@pytest.mark.parametrize("side", [12, 120])
-def test_a_damaged_image_is_named(content, side):
+@pytest.mark.parametrize(("side", "workers"), [(12, 0), (120, 0), (120, 2)])
+def test_a_damaged_image_is_named(content, side, workers):
     for split in ("train", "test"):
         for name in "abcdefgh":
             noise(Path("images", split, name, "3.png"), side)
     path = Path("images/train/b/3.png")
     path.write_bytes(path.read_bytes()[:200] if content == "truncated" else content)
     line = "digits --data folder:images --batch-size 4 --img-size 16 --epochs 1 --output out"
-    with pytest.raises(SystemExit, match=r"expected an image in images/train/b/3\.png: .*remove"):
+    line += f" --workers {workers}"
+    with pytest.raises(SystemExit, match=r"^error: expected an image in images/train/b/3\.png: .*"):
         main(line.split())
     assert not Path("out/metrics.csv").exists()

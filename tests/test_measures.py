@@ -84,6 +84,20 @@ def test_the_residual_is_that_of_the_pair_that_was_found(monkeypatch):
     assert found.residual <= 0.5
 
 
+def test_the_residual_is_relative_and_the_seed_is_that_of_the_start():
+    model, batches = network(), loader(8)
+
+    def larger(output, labels):
+        return 1000 * nn.functional.cross_entropy(output, labels)
+
+    one = hessian_eigenvalue(model, batches, tolerance=0.1)
+    other = hessian_eigenvalue(model, batches, larger, tolerance=0.1)
+    assert other.value == pytest.approx(1000 * one.value)
+    assert other.residual == pytest.approx(one.residual, rel=1e-3)
+    assert hessian_eigenvalue(model, batches, tolerance=0.1, seed=0) == one
+    assert hessian_eigenvalue(model, batches, tolerance=0.1, seed=1) != one
+
+
 def test_an_iteration_that_does_not_converge_says_so():
     found = hessian_eigenvalue(network(), loader(8), tolerance=1e-15, max_restarts=1)
     assert math.isnan(found.value)

@@ -103,6 +103,25 @@ def test_every_convolution_and_the_classifier_are_regularized(name):
     assert len(discover(model).targets) == n_weights
 
 
+@pytest.mark.parametrize("name", ["vggnet_cifar", "nin_cifar"])
+def test_every_convolution_is_normalized_and_rectified(name):
+    model = timm.create_model(name)
+    n = len(convolutions(model))
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == n
+    assert sum(isinstance(m, torch.nn.ReLU) for m in model.modules()) == n
+    assert float(model.forward_features(torch.randn(4, 3, 32, 32)).detach().min()) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_convolutions_start_as_kaiming_says(name):
+    """With the fan-out in VGG's way for plain networks, the fan-in for DenseNet (torchvision)."""
+    for conv in convolutions(timm.create_model(name)):
+        weight = conv.weight.detach()
+        rows = weight[0] if name == "densenet40_12_bc" else weight[:, 0]
+        expected = (2 / rows.numel()) ** 0.5
+        assert float(weight.std()) == pytest.approx(expected, rel=5 / weight.numel() ** 0.5)
+
+
 def test_a_narrower_vgg():
     model = create("vggnet_cifar", width=0.25)
     assert [conv.out_channels for conv in convolutions(model)][:3] == [16, 16, 32]

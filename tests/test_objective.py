@@ -149,6 +149,33 @@ def test_a_loss_that_is_not_finite_stops_a_run_as_diverged():
         train.train_epoch(training, 0, bar)
 
 
+def test_images_with_tiny_gradients_are_perturbed_by_no_more_than_asked():
+    """Squares of such gradients are zero in float32."""
+
+    class Sure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, images):
+            self.seen.append(images.detach())
+            first = images.flatten(1).mean(1) * 1e-24
+            return torch.stack([first, -first], 1)
+
+    model, images = Sure(), torch.randn(5, 3, 4, 4)
+    images[0] = 0
+    parts = train.objective(model, images, torch.zeros(5).long(), recipe(adversarial_eps=2))
+    next(parts)[0].backward()
+    next(parts)
+    moved = (model.seen[1] - model.seen[0]).flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved, torch.full((5,), 2.0))
+
+
+def test_options_of_the_optimizer_reach_it():
+    training = train.build(recipe(opt_kwargs={"nesterov": False}))
+    assert training.optimizer.param_groups[0]["nesterov"] is False
+
+
 def test_channels_last_trains_the_same():
     one, other = (train.build(recipe(channels_last=last)) for last in (False, True))
     assert other.model.features[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
