@@ -1,5 +1,7 @@
 """Settings for the whole suite."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from _launch import results_of_two_and_four
@@ -35,3 +37,13 @@ def found(request, both):
 @pytest.fixture
 def two(both):
     return both[2]
+
+
+@pytest.fixture
+def unrendered():
+    """Write empty files in place of pictures, which take seconds, until ``undo()`` is called."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b"")
+        )
+        yield patch

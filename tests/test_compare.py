@@ -89,7 +89,7 @@ def write_images(root):
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, unrendered):
     """Run in a folder that holds only the images."""
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path)

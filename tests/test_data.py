@@ -16,7 +16,7 @@ TOY = {"epochs": 2, "subset": 64, "batch_size": 32}
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, unrendered):
     """Run in an empty folder, so that nothing lands in the repository."""
     monkeypatch.chdir(tmp_path)
 

@@ -23,7 +23,7 @@ TOY = {"epochs": 2, "subset": 64, "batch_size": 32}
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, unrendered):
     """Run in an empty folder, so that nothing lands in the repository."""
     monkeypatch.chdir(tmp_path)
 
@@ -51,7 +51,8 @@ def rows(output):
 # --- the run ---
 
 
-def test_a_run_writes_metrics_pictures_table_and_checkpoint(capsys):
+def test_a_run_writes_metrics_pictures_table_and_checkpoint(capsys, unrendered):
+    unrendered.undo()
     optimizer = run(toy(), Path("out"))
     assert isinstance(optimizer, SNROptimizer)
     assert [row["epoch"] for row in rows("out")] == ["0", "1"]
