@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ EXPLODED = 10
 
 DIGITS = 5
 """Significant digits of singular values in a run's file."""
+
+
+_work_done: "SimpleQueue[int] | None" = None
+"""In a process that trains: where it says how far it is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -199,18 +204,15 @@ def _results(
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads,)) as pool,
-    ):
-        epochs = manager.Queue()
-        futures = {pool.submit(trial, run, hessian_images, epochs.put): run for run in runs}
+    work: SimpleQueue[int] = context.SimpleQueue()
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads, work)) as pool:
+        futures = {pool.submit(_trial, run, hessian_images): run for run in runs}
         try:
             waiting = set(futures)
             while waiting:
                 done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                while not epochs.empty():
-                    bar.update(epochs.get())
+                while not work.empty():
+                    bar.update(work.get())
                 for future in done:
                     yield futures[future], future.result()
         except BrokenProcessPool:
@@ -222,9 +224,11 @@ def _results(
             pool.shutdown(cancel_futures=True)
 
 
-def _start(threads: int) -> None:
+def _start(threads: int, work: "SimpleQueue[int]") -> None:
     """Prepare a process that trains, and end it with the one that started it."""
+    global _work_done
     torch.set_num_threads(threads)
+    _work_done = work
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -233,6 +237,12 @@ def _start(threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _trial(run: Run, hessian_images: int) -> dict[str, Any]:
+    """Train and measure in a process that ``_start`` has prepared."""
+    assert _work_done is not None
+    return trial(run, hessian_images, _work_done.put)
 
 
 def trial(
