@@ -121,6 +121,7 @@ def test_compiled_autograd_through_an_effective_weight():
         train(model, opt, backward=compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("twice", [False, True])
 def test_compiled_autograd(backend, twice):

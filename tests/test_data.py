@@ -273,8 +273,16 @@ def test_small_images_are_decoded_once(opened, side, times):
     assert np.array_equal(np.asarray(image), np.asarray(Image.open("images/test/a/1.png")))
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
-@pytest.mark.parametrize(("side", "workers"), [(12, 0), (120, 0), (120, 2)])
+@pytest.mark.parametrize(
+    ("content", "side", "workers"),
+    [
+        (b"", 12, 0),
+        (b"no image", 12, 0),
+        ("truncated", 12, 0),
+        ("truncated", 120, 0),
+        (b"", 120, 2),
+    ],
+)
 def test_a_damaged_image_is_named(content, side, workers):
     for split in ("train", "test"):
         for name in "abcdefgh":

@@ -90,6 +90,7 @@ def assert_same(a, b):
 # --- kill -9, Ctrl-C ---
 
 
+@pytest.mark.slow
 def test_a_run_killed_as_soon_as_it_has_saved_resumes_to_the_same_weights():
     run(toy(), Path("whole"))
     for _ in range(2):
@@ -140,6 +141,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_same_weights():
 # --- disks ---
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one_intact():
     run(toy(epochs=1), Path("out"))
     path = Path("out", CHECKPOINT)

@@ -149,6 +149,7 @@ def test_a_checkpoint_continues_on_any_number_of_processes(folder, tmp_path, mon
     main([*TWO, "--output", str(tmp_path / "fsdp")])  # loads what is finished, and reports on it
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_job_with_its_error(tmp_path):
     arguments = [TESTS / "_failing_rank.py", *TWO, "--output", tmp_path / "out"]
     finished = torchrun(arguments, 2, timeout=120)
@@ -167,6 +168,7 @@ def test_a_loss_that_is_not_finite_stops_all_processes(tmp_path):
     assert "at step 1 (epoch 1)" in finished.stderr
 
 
+@pytest.mark.slow
 def test_all_processes_skip_a_step_whose_loss_is_not_finite_on_one(tmp_path):
     """Under DDP, with batch norm, whose statistics must not remember the images."""
     arguments = [TESTS / "_poisoned_rank.py", *TWO, "--model", "test_resnet"]

@@ -65,6 +65,7 @@ def test_twenty_thousand_steps(options):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remove", [True, False])
 def test_three_thousand_wrappers_leave_nothing_behind(remove):
     model = build("mlp", torch.float32)

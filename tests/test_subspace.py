@@ -86,6 +86,7 @@ def test_does_not_decrease_on_a_fixed_matrix(drawn, k):
         assert after >= before * (1 - rounding(matrix) - 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e17])
 def test_rank_deficient_matrices_do_not_break_the_iteration(dtype, scale):
@@ -167,6 +168,7 @@ def test_scaling_the_matrix_scales_sigma(drawn, k, exponent):
     torch.testing.assert_close(torch.outer(scaled_u, scaled_v), torch.outer(u, v))
 
 
+@pytest.mark.slow
 @given(shapes, seeds, counts)
 def test_transposes_and_orthogonal_transforms_leave_the_converged_sigma(shape, seed, k):
     m, n = shape
