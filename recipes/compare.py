@@ -34,7 +34,7 @@ from recipes.comparison_report import write_report
 from recipes.data import Datasets, create_datasets
 from recipes.experiment import FOLDER, Cell, Experiment, Run, read_experiment
 from recipes.measures import best_accuracy, hessian_eigenvalue, sensitivity
-from recipes.recipe import Recipe, RecipeError
+from recipes.recipe import PLACE, Recipe, RecipeError, differences
 from snr_hooks import spectra
 
 EXPLODED = 10
@@ -358,12 +358,7 @@ def _load(run: Run, experiment: Experiment, output: Path) -> dict[str, Any] | No
             "remove it, and the same command trains it again"
         ) from None
     current = json.loads(json.dumps(dataclasses.asdict(run.recipe)))
-    where = ("data_dir", "download", "workers")
-    differing = [
-        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
-        for key in sorted(saved.keys() | current.keys())
-        if key not in where and saved.get(key) != current.get(key)
-    ]
+    differing = differences(saved, current, PLACE)
     if cell != run.cell:
         differing.append(f"it is of {', '.join(cell)} there and of {', '.join(run.cell)} here")
     if measured != n_measured:

@@ -86,6 +86,7 @@ def results_table(comparison: Comparison) -> Table:
     methods = comparison.methods()
     table = [[Text("network, batch"), Text("measured"), *map(Text, methods)]]
     for network, batch in comparison.rows():
+        alpha = comparison.alpha(network, batch)
         for number, measure in enumerate(MEASURES):
             spreads = [comparison.spread(network, batch, method, measure) for method in methods]
             winners = best(spreads, measure, len(comparison.experiment.seeds))
@@ -93,7 +94,6 @@ def results_table(comparison: Comparison) -> Table:
                 Text(_spread(spread, measure, comparison), bold=index in winners)
                 for index, spread in enumerate(spreads)
             ]
-            alpha = comparison.alpha(network, batch)
             title = measure.title.format(alpha="?" if math.isnan(alpha) else f"{alpha:.2f} %")
             first = _row_title(comparison, network, batch) if number == 0 else ""
             table.append([Text(first), Text(title), *cells])

@@ -213,11 +213,13 @@ def create_loaders(
         "batch_size": recipe.batch_size // size,
         "num_workers": recipe.workers,
     }
-    order: DistributedSampler[Any] = DistributedSampler(
-        train, size, rank, seed=recipe.seed, drop_last=True
-    )
-    shuffled: dict[str, Any] = {"shuffle": True} if size == 1 else {"sampler": order}
-    loaders = [DataLoader(train, drop_last=True, **shuffled, **options)]
+    order: dict[str, Any] = {"shuffle": True}
+    if size > 1:
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            train, size, rank, seed=recipe.seed, drop_last=True
+        )
+        order = {"sampler": sampler}
+    loaders = [DataLoader(train, drop_last=True, **order, **options)]
     if recipe.micro_batch is not None:
         options["batch_size"] = min(options["batch_size"], recipe.micro_batch)
     for selection in selections[1:]:

@@ -56,7 +56,7 @@ def generalization_gap(
 ) -> float:
     """Return the smallest gap between training and test accuracy once the test accuracy is good.
 
-    Yoshida & Miyato 2017, section 4.1: the minimum of train minus test accuracy over the epochs
+    Yoshida & Miyato 2017: the minimum of train minus test accuracy over the epochs
     whose test accuracy is at least alpha.
 
     Args:
@@ -80,7 +80,7 @@ def sensitivity(
 ) -> float:
     """Return the mean over images of the l2 norm of the gradient of the loss at the image.
 
-    Yoshida & Miyato 2017, section 4.2.
+    Yoshida & Miyato 2017.
 
     Args:
         model: Maps images to what the loss takes.
@@ -99,7 +99,7 @@ def sensitivity(
             images = images.to(device).detach().requires_grad_()
             value = loss(model(images), labels.to(device), reduction="sum")
             (gradient,) = torch.autograd.grad(value, images)
-            total += float(gradient.flatten(1).norm(dim=1).double().sum())
+            total += float(gradient.flatten(1).double().norm(dim=1).sum())
             n_images += len(images)
     if n_images == 0:
         raise ValueError("expected a loader of images, found none in it")

@@ -188,7 +188,7 @@ def densenet40_12_bc(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build DenseNet-BC of depth 40 with growth rate 12 for small images.
 
     Three blocks of (depth - 4) / 6 layers with bottlenecks, compression 0.5 between them and 2
-    * growth channels in front (Huang et al. 2017, arXiv 1608.06993, sections 3 and 4.2).
+    * growth channels in front (Huang et al. 2017, arXiv 1608.06993).
 
     Args:
         pretrained: Refused, as there are no weights.

@@ -98,6 +98,28 @@ class Recipe:
         check_known("optimizer", self.opt, timm.optim.list_optimizers())
 
 
+PLACE = {"data_dir", "download", "workers"}
+"""Entries that say where and how images are loaded, and do not touch the result."""
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any], free: set[str]) -> list[str]:
+    """Say in which entries two recipes differ.
+
+    Args:
+        saved: One recipe as a mapping, from a file.
+        current: The other one.
+        free: Entries that may differ.
+
+    Returns:
+        A sentence for each of the others that does.
+    """
+    return [
+        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
+        for key in sorted(saved.keys() | current.keys())
+        if key not in free and saved.get(key) != current.get(key)
+    ]
+
+
 def check_known(what: str, name: str, known: Iterable[str]) -> None:
     """Raise RecipeError with the nearest names if a name is not among the known ones."""
     known = list(known)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from recipes import report
 from recipes.data import Datasets, Loaders, create_datasets, create_loaders
 from recipes.processes import Processes, load_sharded, started, whole
-from recipes.recipe import Recipe, RecipeError, parse
+from recipes.recipe import PLACE, Recipe, RecipeError, differences, parse
 from snr_hooks import SNROptimizer, audit, spectra
 
 CHECKPOINT = "last.pth.tar"
@@ -304,8 +304,8 @@ def objective(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the parts of the loss that a recipe asks for.
 
-    Adversarial training (Goodfellow et al. 2014, arXiv 1412.6572, section 6; as a baseline of
-    Yoshida & Miyato 2017) minimises alpha L(x) + (1 - alpha) L(x + eps g / |g|), with g the
+    Adversarial training (Goodfellow et al. 2014, arXiv 1412.6572; as a baseline of Yoshida &
+    Miyato 2017) minimises alpha L(x) + (1 - alpha) L(x + eps g / |g|), with g the
     gradient of L at x and |g| its l2 norm, per image, in the units of the model's normalised
     input. The perturbation is held constant, so that no second derivative is needed, and g
     comes with the backward pass of the first part.
@@ -447,13 +447,7 @@ def _resume(training: Training, path: Path) -> list[dict[str, Any]]:
     if not complete:
         raise RecipeError(_broken(path, "incomplete"))
     current = dataclasses.asdict(training.recipe)
-    # May change: these do not touch the result, or only say how to go on.
-    free = {"workers", "download", "data_dir", "skip_nonfinite"}
-    differing = [
-        f"{key} is {saved.get(key)!r} there and {current.get(key)!r} here"
-        for key in sorted(saved.keys() | current.keys())
-        if key not in free and saved.get(key) != current.get(key)
-    ]
+    differing = differences(saved, current, PLACE | {"skip_nonfinite"})  # says how to go on
     if differing:
         raise RecipeError(
             f"{path} belongs to another recipe ({'; '.join(differing)}): pass another --output, "
