@@ -35,6 +35,7 @@ from recipes.data import Datasets, create_datasets
 from recipes.experiment import FOLDER, Cell, Experiment, Run, read_experiment
 from recipes.measures import best_accuracy, hessian_eigenvalue, sensitivity
 from recipes.recipe import PLACE, Recipe, RecipeError, differences
+from recipes.report import write_json
 from snr_hooks import spectra
 
 EXPLODED = 10
@@ -178,7 +179,9 @@ def _finish(
         mininterval=0.1 if sys.stderr.isatty() else 10,
     ) as bar:
         for run, result in _results(missing, experiment.hessian_images, jobs, bar):
-            _write(_path(run, output), result)
+            path = _path(run, output)
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, result)
             bar.set_postfix_str(f"{run.name}: {_outcome(result)}")
 
 
@@ -369,14 +372,6 @@ def _load(run: Run, experiment: Experiment, output: Path) -> dict[str, Any] | No
             "or remove what it holds of the other experiment"
         )
     return dict(result)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Write the file of a run, all of it or nothing."""
-    path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result) + "\n")
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

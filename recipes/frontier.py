@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from recipes import train
 from recipes.recipe import Recipe, RecipeError, read
-from recipes.report import draw_frontier
+from recipes.report import draw_frontier, write_json
 from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS, Idle
 from snr_hooks import SNROptimizer, spectra
 
@@ -184,12 +184,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if missing:
             found, result["loss"]["exact SVD"] = watch(recipe, missing)
             result["watching"] |= {key: summary(looks) for key, looks in found.items()}
-            write(path, result)
+            write_json(path, result, indent=1)
         for key in DRIVERS:
             if key not in result["driving"]:
                 looks, result["loss"][key] = drive(recipe, SETTINGS[key])
                 result["driving"][key] = summary(looks)
-                write(path, result)
+                write_json(path, result, indent=1)
     results = {path.stem: json.loads(path.read_text()) for path in trainings(options.output)}
     text = table(results)
     (options.output / "frontier.md").write_text(text)
@@ -198,13 +198,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw_frontier(
             options.output / "frontier.png", results, json.loads(options.bench.read_text())
         )
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Replace the file of a training, all of it or nothing."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1))
-    unfinished.replace(path)
 
 
 def trainings(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What a run leaves for a person to read: metrics as CSV, two pictures and a table."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ def write_csv(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows(history)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Replace a file, all of it or nothing."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=indent) + "\n")
+    unfinished.replace(path)
 
 
 def audit_table(start: Spectra, end: Spectra, estimates: Mapping[str, float]) -> str:

@@ -34,6 +34,7 @@ from recipes.comparison_report import (
 from recipes.experiment import FOLDER, Cell, read_experiment
 from recipes.measures import generalization_gap, hessian_eigenvalue
 from recipes.recipe import RecipeError
+from recipes.report import write_json
 from snr_hooks import SNROptimizer
 
 ROOT = Path(__file__).parent.parent
@@ -463,14 +464,14 @@ def test_a_result_of_another_recipe_is_refused_unless_only_the_place_differs(ent
 
 def test_a_file_is_written_as_a_whole_or_not_at_all(monkeypatch):
     path = Path("run.json")
-    compare._write(path, {"a": 1})
+    write_json(path, {"a": 1})
 
     def fail(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
-        compare._write(path, {"a": 2})
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
 
 
