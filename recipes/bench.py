@@ -288,6 +288,8 @@ def memory(model: nn.Module, setting: dict[str, Any]) -> dict[str, float]:
         a step allocates, in percent of the largest weight; operators a step; kernels a step on
         a GPU, if there is one.
     """
+    for parameter in model.parameters():  # whose place might be used again and not be counted
+        parameter.grad = None
     before = _tensors_alive()
     optimizer = wrapped(model, setting)
     gradients = {_storage(p.grad) for p in model.parameters() if p.grad is not None}

@@ -74,13 +74,12 @@ class BlockView:
         Args:
             weight: The weight.
             v: Vectors of inputs, shape ``(blocks, k, n)``.
-            out: A tensor for the products, shape ``(blocks, m, k)``.
+            out: A tensor for the products, shape ``(blocks, k, m)``.
 
         Returns:
             A function without arguments that writes to ``out``; see ``MatrixView.matvec``.
         """
-        columns = v.mT
-        return self._prepared(weight, v.dtype, lambda matrix: torch.bmm(matrix, columns, out=out))
+        return self._prepared(weight, v.dtype, lambda matrix: torch.bmm(v, matrix.mT, out=out))
 
     def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
         """Prepare W^T u for each block and each of its vectors, as ``matvec`` does W v.

@@ -24,6 +24,7 @@ The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients tha
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -158,11 +159,12 @@ class _HookedWeight:
 
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
-        grad = self.parameter.grad
         self.looked = True
-        if self.pending or self._untouched(grad):
+        if self.pending:
             return
-        self.pending = grad is None or not bool(grad.any())
+        grad = self.parameter.grad
+        if not self._untouched(grad):
+            self.pending = grad is None or not bool(grad.any())
 
     def after_accumulation(self, grad: Tensor | None) -> None:
         """Add the term if it is due."""
@@ -188,7 +190,8 @@ class _HookedWeight:
             )
             return
         check_not_captured(grad)
-        with torch.no_grad():  # create_graph=True leaves grad mode on
+        # create_graph=True leaves grad mode on; to switch off what is off takes time, too.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             for target in self.targets:
                 self._add_term(target, grad)
         self.pending = False

@@ -101,8 +101,8 @@ class ConvolutionView:
         return ends if self.output_padding is None else ends[::-1]
 
     def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
-        """Prepare W v for each row of v, ``(k, n)``, to be written to ``out``, ``(m, k)``."""
-        return lambda: out.copy_(self._forward(weight.to(v.dtype), v).mT)
+        """Prepare W v for each row of v, ``(k, n)``, to be written to ``out``, ``(k, m)``."""
+        return lambda: out.copy_(self._forward(weight.to(v.dtype), v))
 
     def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
         """Prepare W^T u for each row of u, ``(k, m)``, to be written to ``out``, ``(k, n)``."""

@@ -36,6 +36,8 @@ class Part(NamedTuple):
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
+    if type(tensor) is nn.Parameter:  # asked for every weight and step, and most often this
+        return False
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 

@@ -13,17 +13,16 @@ are the best vectors of this side from two steps ago. The span of both holds the
 which the singular vectors move while W is trained, and the conjugate direction that makes
 LOBPCG (A. Knyazev, SIAM J. Sci. Comput. 23, 2001) faster than the power method.
 
-The module knows no layers. Vectors of many matrices are stacked where they are equally long,
-and the small matrices of the Rayleigh-Ritz step are worked on for all weights at once: the
-number of kernels a step depends on the number of different shapes, not of weights. Nothing
-waits for the device.
+The module knows no layers. The vectors of all matrices lie in one tensor a side, and the small
+matrices of the Rayleigh-Ritz step are worked on for all weights at once: apart from the
+products themselves, the number of kernels a step does not depend on the number of weights.
+Nothing waits for the device.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from functools import cache, cached_property
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -35,12 +34,16 @@ than its square root would be rounding noise blown up; they count for less, smoo
 
 
 class Rows:
-    """The vectors of weights on one side, in a few tensors that stay where they are.
+    """The vectors of weights on one side: the i-th of all weights in the i-th row of a tensor.
 
-    Vectors of about equal length share a tensor. The shorter ones are padded with zeros, which
-    change no inner product; lengths in one tensor differ by less than a factor of two, so that
-    there are few tensors and little padding. The blocks of a weight that is several maps lie
-    one after the other and are L maps among the others.
+    In a row the maps lie one after the other, each filled up with zeros, which change no inner
+    product, to a whole number of chunks. Inner products and combinations are computed chunk by
+    chunk, for all weights in one batch. The blocks of a weight that is several maps are L maps
+    among the others.
+
+    The first k - k // 2 vectors are images, the others are kept. Products with the other side's
+    vectors are expected where the images are, which are used up by then, and in spare rows before
+    them.
 
     Args:
         vectors: Shape ``(k, length)`` for each weight, ``(blocks, k, length)`` for one with
@@ -48,106 +51,104 @@ class Rows:
     """
 
     def __init__(self, vectors: Sequence[Tensor]) -> None:
-        groups: dict[int, list[int]] = {}
-        for weight, vector in enumerate(vectors):
-            groups.setdefault((vector.shape[-1] - 1).bit_length(), []).append(weight)
-        order = [weight for members in groups.values() for weight in members]
-        self.places = sorted(range(len(order)), key=order.__getitem__)
-        self._lengths = [[vectors[weight].shape[-1] for weight in m] for m in groups.values()]
-        self._batches = [[vectors[weight].shape[:-2] for weight in m] for m in groups.values()]
-        self._sizes = [sum(map(math.prod, batches)) for batches in self._batches]
-        self.counts = [math.prod(vector.shape[:-2]) for vector in vectors]
-        firsts = list(accumulate(self.counts, initial=0))
-        blocks = [firsts[weight] + i for weight in order for i in range(self.counts[weight])]
-        self.order = torch.tensor(blocks, device=vectors[0].device)
-        self.inverse = self.order.argsort()
+        self._shapes = [vector.shape for vector in vectors]
+        self.counts = [math.prod(shape[:-2]) for shape in self._shapes]
+        lengths = [shape[-1] for shape in self._shapes]
+        self._chunk = _chunk(lengths, self.counts)
+        self._chunks = [-(-length // self._chunk) for length in lengths]
+        counts = torch.tensor(self.counts, device=vectors[0].device)
+        chunks = torch.tensor(self._chunks, device=vectors[0].device)
+        self._chunks_of_maps = chunks.repeat_interleave(counts)
+        maps = torch.arange(sum(self.counts), device=vectors[0].device)
+        self._map_of_chunk = maps.repeat_interleave(self._chunks_of_maps)
+        n = self._chunk * len(self._map_of_chunk)
         k = vectors[0].shape[-2]
-        self.tensors = [
-            vectors[0].new_zeros(size, k, max(lengths))
-            for size, lengths in zip(self._sizes, self._lengths, strict=True)
-        ]
-        self.each = self._parts(self.tensors)
+        tensor = vectors[0].new_zeros(k // 2 + k, n)
+        self.tensor, self.products = tensor[k // 2 :], tensor[:k]
+        self.images, self.kept = tensor[k // 2 : k], tensor[k:]
+        self.each = self.parts(self.tensor)
         """The vectors of each weight: views, in the order of the weights."""
         for part, vector in zip(self.each, vectors, strict=True):
             part.copy_(vector)
 
-    def room(self, *, columns: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Make room for as many other vectors.
+    def parts(self, tensor: Tensor) -> list[Tensor]:
+        """Take a tensor apart that is laid out like this one's.
 
         Args:
-            columns: Whether a map's vectors lie side by side in memory, as columns.
+            tensor: h rows.
 
         Returns:
-            Tensors laid out like these, and the part of each weight: shape ``(k, length)``,
-            or with ``columns`` ``(length, k)`` and contiguous; after the blocks, if any.
+            One view a weight, shape ``(h, length)``, or ``(blocks, h, length)``.
         """
-        if not columns:
-            tensors = [torch.zeros_like(tensor) for tensor in self.tensors]
-            return tensors, self._parts(tensors)
-        transposed = [torch.zeros_like(tensor.mT.contiguous()) for tensor in self.tensors]
-        return [tensor.mT for tensor in transposed], self._parts(transposed, columns=True)
-
-    def _parts(self, tensors: Sequence[Tensor], *, columns: bool = False) -> list[Tensor]:
-        """Take tensors that are laid out like these apart; return one view a weight."""
+        pairs = zip(self.counts, self._chunks, strict=True)
+        widths = [count * chunks * self._chunk for count, chunks in pairs]
         parts = []
-        for tensor, lengths, batches in zip(tensors, self._lengths, self._batches, strict=True):
-            padded = max(lengths)
-            blocks = torch.split(tensor, [math.prod(batch) for batch in batches])
-            for part, length, batch in zip(blocks, lengths, batches, strict=True):
-                if length < padded:
-                    part = part[..., :length, :] if columns else part[..., :length]
-                parts.append(part if batch else part[0])
-        return [parts[place] for place in self.places]
+        for part, shape in zip(torch.split(tensor, widths, dim=1), self._shapes, strict=True):
+            *batch, _, length = shape
+            blocks = part.view(len(tensor), *batch, -1).movedim(0, -2)
+            parts.append(blocks[..., :length])
+        return parts
 
-    def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Split values, one a map along dimension 0, into one tensor for each of these."""
-        return torch.split(values[self.order], self._sizes)
-
-    def gram(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the inner products of each weight's vectors, float64, ``(L, k, k)``.
+    def gram(self, tensor: Tensor) -> Tensor:
+        """Return the inner products of each map's vectors, float64, ``(L, k, k)``.
 
         In float32 the Gram matrix of vectors that almost coincide would not be positive, and
         squares of 1e20 would overflow.
         """
-        if tensors[0].shape[1] == 1:  # the same, faster
-            norms = [torch.linalg.vector_norm(t, dim=2, dtype=torch.float64) for t in tensors]
-            return torch.cat(norms)[self.inverse].square()[:, None]
-        doubles = [tensor.double() for tensor in tensors]
-        return torch.cat([torch.bmm(t, t.mT) for t in doubles])[self.inverse]
+        k = len(tensor)
+        chunks = tensor.double().view(k, -1, self._chunk).transpose(0, 1)
+        products = torch.bmm(chunks, chunks.mT).view(-1, k * k)
+        # Not checked, for that would wait for a GPU.
+        sums = torch.segment_reduce(products, "sum", lengths=self._chunks_of_maps, unsafe=True)
+        return sums.view(-1, k, k)
 
-    def combine(self, factors: Tensor, vectors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Write linear combinations of the k vectors of each weight.
+    def combine(self, factors: Tensor, vectors: Tensor, out: Tensor) -> None:
+        """Write linear combinations of the k vectors of each map.
 
         Args:
             factors: Shape ``(L, h, k)``.
             vectors: Laid out like these.
-            out: Tensors like these with h vectors a weight; may be a part of these.
+            out: h rows laid out like these; may be among these.
         """
-        parts = self.split(factors.to(vectors[0].dtype))
-        for part, tensor, target in zip(parts, vectors, out, strict=True):
-            if part.shape[2] == 1:
-                torch.mul(tensor, part, out=target)
-            else:
-                target.copy_(torch.bmm(part, tensor))
+        factors = factors.to(vectors.dtype).index_select(0, self._map_of_chunk)
+        chunks = vectors.view(len(vectors), -1, self._chunk).transpose(0, 1)
+        product = torch.mul if len(vectors) == 1 else torch.bmm  # the same, faster
+        out.view(len(out), -1, self._chunk).copy_(product(factors, chunks).transpose(0, 1))
 
     def fill(self, unknown: Tensor) -> None:
         """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""
         if unknown.is_cpu and not unknown.any():
             return
         h = unknown.shape[1]
-        for tensor, part, fixed in zip(
-            self.tensors, self.split(unknown[..., None]), self._fixed, strict=True
-        ):
-            tensor[:, :h] = torch.where(part, fixed[:, :h], tensor[:, :h])
+        mask = unknown.index_select(0, self._map_of_chunk).T[..., None]
+        vectors, fixed = (
+            tensor[:h].view(h, -1, self._chunk) for tensor in (self.images, self._fixed)
+        )
+        vectors.copy_(torch.where(mask, fixed, vectors))
 
     @cached_property
-    def _fixed(self) -> list[Tensor]:
+    def _fixed(self) -> Tensor:
         """Unit vectors of signs, laid out like these; made only if they are needed."""
-        fixed = [torch.zeros_like(tensor) for tensor in self.tensors]
-        for part in self._parts(fixed):
+        fixed = torch.zeros_like(self.tensor)
+        for part in self.parts(fixed):
             k, n = part.shape[-2:]
             part.copy_(signs(k, n).double() / math.sqrt(n))
         return fixed
+
+
+def _chunk(lengths: Sequence[int], counts: Sequence[int]) -> int:
+    """Return the largest chunk, up to 128 entries, that adds no more than a quarter of zeros.
+
+    Large chunks are few, and large enough for BLAS.
+    """
+    maps = list(zip(lengths, counts, strict=True))
+    entries = sum(length * count for length, count in maps)
+
+    def padded(chunk: int) -> int:
+        return sum(-(-length // chunk) * chunk * count for length, count in maps)
+
+    chunks = (128, 64, 32, 16, 8, 4, 2, 1)
+    return next(chunk for chunk in chunks if padded(chunk) <= 1.25 * entries)
 
 
 class Ritz(NamedTuple):
@@ -185,28 +186,31 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> 
         informative = (sigma > 0) & (sigma < math.inf)
         images = torch.where(informative, sigma, 1).reciprocal()
         return Ritz(sigma[..., 0], gram.rsqrt(), images, informative[:, 0])
-    size = image_gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    sound = (size > 0) & (size < math.inf)  # not if a NaN is in it either
-    shares = image_gram / size
-    if not sound.is_cpu or not sound.all():
-        shares = torch.where(sound, shares, _identity(gram))
+    size = image_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # Negative, so that the largest come first; nothing of a matrix that is zero or not finite.
+    shares = (image_gram / -size[:, None, None]).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     identity = _identity(gram)
     cholesky, failed = torch.linalg.cholesky_ex(torch.add(gram, identity, alpha=_WHITENING))
     if not failed.is_cpu or failed.any():  # then the vectors are taken as they are
         cholesky = torch.where(failed[:, None, None] == 0, cholesky, identity)
     whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    _, vectors = symmetric_eigen(whitening @ shares @ whitening.mT)
-    best = vectors[..., -n_best:].flip(-1).mT @ whitening
+    _, vectors = symmetric_eigen(torch.bmm(torch.bmm(whitening, shares), whitening.mT))
+    best = torch.bmm(vectors[..., :n_best].mT, whitening)
     # One, less what whitening took; near zero for directions that are noise, which stay short.
-    squares = torch.linalg.vecdot(best @ gram, best).clamp(min=1e-2)
-    values = torch.linalg.vecdot(best @ image_gram, best) / squares
+    squares = _forms(gram, best).clamp_(min=1e-2)
+    values = _forms(image_gram, best).div_(squares)
     best = best / squares.sqrt()[..., None]
     # Whitening blows the rounding of the Gram matrices up by its inverse.
     faintest = max((1e3 * eps) ** 2, 1e-9)
-    informative = sound[..., 0] & (values > faintest * size[..., 0])
+    informative = values > faintest * size[:, None]
     sigma = values.sqrt()
-    images = best / torch.where(informative, sigma, 1)[..., None]
+    images = best / sigma.masked_fill(~informative, 1)[..., None]
     return Ritz(sigma, best, images, informative)
+
+
+def _forms(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return x^T A x for each row x of ``(L, h, k)``, of its own A of ``(L, k, k)``."""
+    return torch.bmm(vectors, matrices).mul_(vectors).sum(-1)
 
 
 @cache
@@ -294,23 +298,14 @@ class Subspaces:
         self.right = Rows(right)
         self.left = Rows(left)
         self.next_is_right = next_is_right
-        k = right[0].shape[-2]
-        n_images = k - k // 2
-        self._images = {
-            True: [tensor[:, :n_images] for tensor in self.right.tensors],
-            False: [tensor[:, :n_images] for tensor in self.left.tensors],
-        }
-        self._kept = {
-            True: [tensor[:, n_images:] for tensor in self.right.tensors],
-            False: [tensor[:, n_images:] for tensor in self.left.tensors],
-        }
         # Products with right vectors are left vectors, and the other way round.
         self._products = {
-            True: self.left.room(columns=True),
-            False: self.right.room(columns=False),
+            True: self.left.parts(self.left.products),
+            False: self.right.parts(self.right.products),
         }
+        k = len(self.right.tensor)
         # A single vector is the best there is.
-        images, best = slice(0, k // 2 or 1), slice(n_images if k > 1 else 0, None)
+        images, best = slice(0, k // 2 or 1), slice(k - k // 2 if k > 1 else 0, None)
         self.pairs = {
             True: (_rows(self.left.each, images), _rows(self.right.each, best)),
             False: (_rows(self.left.each, best), _rows(self.right.each, images)),
@@ -323,10 +318,10 @@ class Subspaces:
     def multiplied(self, *, right: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Return the vectors of each weight on a side, and where their products are expected.
 
-        Right vectors have shape ``(k, n)``, their products ``(m, k)``; left vectors ``(k, m)``,
+        Right vectors have shape ``(k, n)``, their products ``(k, m)``; left vectors ``(k, m)``,
         their products ``(k, n)``; all after the blocks, if any.
         """
-        return (self.right if right else self.left).each, self._products[right][1]
+        return (self.right if right else self.left).each, self._products[right]
 
     def step(self) -> Tensor:
         """Find the best unit vector of this side, once the products have been computed.
@@ -337,15 +332,14 @@ class Subspaces:
         """
         right = self.next_is_right
         here, there = (self.right, self.left) if right else (self.left, self.right)
-        k = here.tensors[0].shape[1]
-        images, _ = self._products[right]
-        image_gram = there.gram(images)
-        gram = here.gram(here.tensors) if k > 1 else torch.ones_like(image_gram)
-        eps = torch.finfo(here.tensors[0].dtype).eps
+        k = len(here.tensor)
+        image_gram = there.gram(there.products)
+        gram = here.gram(here.tensor) if k > 1 else torch.ones_like(image_gram)
+        eps = torch.finfo(here.tensor.dtype).eps
         ritz = rayleigh_ritz(gram, image_gram, k - k // 2, eps)
         if k > 1:
-            here.combine(ritz.best[:, : k // 2], here.tensors, self._kept[right])
-        there.combine(ritz.images, images, self._images[not right])
+            here.combine(ritz.best[:, : k // 2], here.tensor, here.kept)
+        there.combine(ritz.images, there.products, there.images)
         there.fill(~ritz.informative)
         self.next_is_right = not right
         return ritz.sigma[:, : k // 2 or 1]

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,33 @@ from snr_hooks.discovery import Target
 from snr_hooks.estimators import Estimator, Term
 from snr_hooks.penalties import HALF_SQUARE
 from snr_hooks.sharding import local
+from snr_hooks.views import Adder
+
+
+class Prepared(NamedTuple):
+    """What the hook of a target has left to do.
+
+    Attributes:
+        written: What of the weight the term was computed from.
+        add: Adds a multiple of u v^T to a gradient.
+        factor: By lambda * psi'(sigma); None where lambda is 0.
+    """
+
+    written: "Written"
+    add: Adder
+    factor: float | Tensor | None
+
+
+Written = tuple[int, int]
+"""What changes when a weight is written to, or its memory exchanged (``p.data =``)."""
 
 
 class SpectralTerm:
     """Adds the gradient of (lambda / 2) * sigma^2, the penalty of the paper (section 3).
 
     Args:
-        optimizer: Holds lambda in its param groups. They are read anew for every term, so
-            that lambda can be scheduled like a learning rate.
+        optimizer: Holds lambda in its param groups. They are read anew in every step, when its
+            first term is due, so that lambda can be scheduled like a learning rate.
         estimator: Where sigma, u and v come from.
         default: lambda for groups that do not name one; a number or a function of the step.
         scaler: The loss scaler whose scale the gradients carry, if any.
@@ -42,7 +61,7 @@ class SpectralTerm:
         self.n_steps = 0
         """How many steps were taken, for what is scheduled."""
         self._optimizer = optimizer
-        self._terms: dict[str, tuple[tuple[int, int], Term]] = {}
+        self._prepared: dict[str, Prepared] = {}
         self._group_of: dict[int, int] = {}
         self.regrouped = False
         """Whether parameters have come or gone since this was last set to False."""
@@ -69,12 +88,12 @@ class SpectralTerm:
             TypeError: The lambda that was chosen for it, or its param group's, is not a number.
             ValueError: It is negative or not finite.
         """
-        group = self._group(target.parameter)
-        if group is None:
+        index = self._group_of.get(id(target.parameter))
+        if index is None:
             return 0.0
         if target.strength is not None:
             return self.now(target.strength, f"lambda of {target.name!r}")
-        index = self._group_of[id(target.parameter)]
+        group = self._optimizer.param_groups[index]
         return self.now(group.get(STRENGTH, self.default), f"{STRENGTH} of group {index}")
 
     def now(self, strength: Strength, what: str) -> float:
@@ -87,17 +106,45 @@ class SpectralTerm:
         return None if index is None else self._optimizer.param_groups[index]
 
     def add(self, target: Target, grad: Tensor) -> None:
-        """Add the term to the gradient in place; nothing is computed where lambda is 0."""
-        strength = self.strength(target)
-        if strength == 0:
+        """Add the term to the gradient in place; nothing is computed where lambda is 0.
+
+        The first weight of a step to ask has the terms of all prepared, because together they
+        cost less than one by one, and a hook finds the caches full of its gradient. A weight
+        that was written to since then has them prepared again.
+        """
+        prepared = self._prepared.get(target.name)
+        if prepared is None or prepared.written != _written(target.parameter):
+            self._prepare(target)
+            prepared = self._prepared[target.name]
+        factor = prepared.factor
+        if factor is None:
             return
-        term = self._current(target)
-        factor = self._direction(target.parameter) * strength * _slope(target, term.sigma)
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
         if grad.dtype is torch.float16:
-            _warn_of_underflow(target, grad, term, factor)
-        term.add(grad, factor)
+            _warn_of_underflow(target, grad, prepared.add, factor)
+        prepared.add(grad, factor)
+
+    def _prepare(self, asking: Target) -> None:
+        """Compute the terms of all targets that may be due in this step, as the weights are now."""
+        strengths = [
+            (target, self.strength(target))
+            for target in self.targets
+            if target is asking or _can_be_due(target)
+        ]
+        due = [target for target, strength in strengths if strength > 0]
+        terms = iter(self.estimator.advance(due) if due else ())
+        self._prepared = {
+            target.name: self._for_hook(target, strength, next(terms))
+            if strength > 0
+            else Prepared(_written(target.parameter), _add_nothing, None)
+            for target, strength in strengths
+        }
+
+    def _for_hook(self, target: Target, strength: float, term: Term) -> Prepared:
+        direction = self._direction(target.parameter)
+        factor = direction * strength * _slope(target, term.sigma)
+        return Prepared(_written(target.parameter), term.add, factor)
 
     def decay(self) -> Callable[[], None]:
         """Prepare to subtract lr * lambda times the terms of the weights as they are now.
@@ -106,7 +153,7 @@ class SpectralTerm:
             A function that subtracts them from the weights that have a gradient by then, as
             AdamW decays weights (Loshchilov and Hutter 2019, algorithm 2, line 12).
         """
-        due = [t for t in self.targets if self._is_due(t)]
+        due = [t for t in self.targets if _can_be_due(t) and self.strength(t) > 0]
         terms = self.estimator.advance(due)
         changes = [self._change(*pair) for pair in zip(due, terms, strict=True)]
 
@@ -139,30 +186,7 @@ class SpectralTerm:
 
     def outdate(self) -> None:
         """Compute the terms anew when one is asked for next."""
-        self._terms.clear()
-
-    def _current(self, target: Target) -> Term:
-        """Return the term of a weight as it is now.
-
-        The first weight of a step to ask has the terms of all computed, because together they
-        cost less than one by one. A weight that was written to since then has them computed
-        again.
-        """
-        known = self._terms.get(target.name)
-        if known is None or known[0] != _written(target.parameter):
-            active = [t for t in self.targets if t is target or self._is_due(t)]
-            terms = self.estimator.advance(active)
-            self._terms = {
-                t.name: (_written(t.parameter), term) for t, term in zip(active, terms, strict=True)
-            }
-            known = self._terms[target.name]
-        return known[1]
-
-    def _is_due(self, target: Target) -> bool:
-        size = target.view.observes
-        if size is not None and size.value is None:  # no input has come by, nor will a gradient
-            return False
-        return target.parameter.requires_grad and self.strength(target) > 0
+        self._prepared.clear()
 
     @staticmethod
     def _scale(scaler: torch.amp.GradScaler, device: torch.device) -> Tensor:
@@ -174,6 +198,16 @@ class SpectralTerm:
             )
         # The public way to read the scale without a host synchronization.
         return scaler.scale(torch.ones((), device=device))
+
+
+def _can_be_due(target: Target) -> bool:
+    """Whether a gradient may arrive: not for an input that has not come by yet, say."""
+    size = target.view.observes
+    return target.parameter.requires_grad and (size is None or size.value is not None)
+
+
+def _add_nothing(grad: Tensor, factor: float | Tensor) -> None:
+    """Leave a gradient alone."""
 
 
 def _add_(change: Tensor, weight: Tensor) -> None:
@@ -198,13 +232,13 @@ def _of_largest(slope: Tensor, sigma: Tensor, n: int) -> Tensor:
     return torch.zeros_like(slope).put_(largest, slope.take(largest))
 
 
-def _warn_of_underflow(target: Target, grad: Tensor, term: Term, factor: float | Tensor) -> None:
+def _warn_of_underflow(target: Target, grad: Tensor, add: Adder, factor: float | Tensor) -> None:
     """Say so if nothing of a term is left in a float16 gradient.
 
     Reading the largest entry waits for the device; gradients of other dtypes are spared it.
     """
     alone = torch.zeros_like(grad, dtype=torch.float32)
-    term.add(alone, factor)
+    add(alone, factor)
     largest = float(local(alone).abs().max()) if local(alone).numel() else 0.0
     if 0 < largest < 2**-25:  # half the smallest float16, rounded to zero
         warnings.warn(
@@ -216,6 +250,5 @@ def _warn_of_underflow(target: Target, grad: Tensor, term: Term, factor: float |
         )
 
 
-def _written(parameter: Tensor) -> tuple[int, int]:
-    """Return what changes when a weight is written to, or its memory exchanged (``p.data =``)."""
+def _written(parameter: Tensor) -> Written:
     return parameter._version, local(parameter).data_ptr()

@@ -71,7 +71,7 @@ class View(Protocol):
         """Return the shape of ``matrix``."""
 
     def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
-        """Prepare W v for each row of v, ``(k, n)``, to be written to ``out``, ``(m, k)``."""
+        """Prepare W v for each row of v, ``(k, n)``, to be written to ``out``, ``(k, m)``."""
 
     def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
         """Prepare W^T u for each row of u, ``(k, m)``, to be written to ``out``, ``(k, n)``."""
@@ -118,7 +118,7 @@ class MatrixView:
         Args:
             weight: The weight.
             v: Vectors of inputs, shape ``(k, n)``.
-            out: A contiguous tensor for the products, shape ``(m, k)``, a column a vector.
+            out: A tensor for the products, shape ``(k, m)``, a row a vector.
 
         Returns:
             A function without arguments that writes to ``out``.
@@ -252,7 +252,7 @@ class ShardedView:
     def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
         """Prepare this process's summand of W v, as ``MatrixView.matvec`` does W v."""
         rows, columns = self._rows_and_columns(weight)
-        return _from_zero(out, self.view.matvec(local(weight), v[:, columns], out[rows]))
+        return _from_zero(out, self.view.matvec(local(weight), v[:, columns], out[:, rows]))
 
     def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
         """Prepare this process's summand of W^T u, as ``MatrixView.rmatvec`` does W^T u."""

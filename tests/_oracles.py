@@ -112,12 +112,12 @@ def products_of(target, matrices, seed: int, k: int = 3) -> tuple[list[Tensor], 
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(*batch, k, n, generator=generator, dtype=torch.float64)
     u = torch.randn(*batch, k, m, generator=generator, dtype=torch.float64)
-    right, left = v.new_empty(*batch, m, k), v.new_empty(*batch, k, n)
+    right, left = v.new_empty(*batch, k, m), v.new_empty(*batch, k, n)
     with torch.no_grad():  # as the iteration does
         view.matvec(weight, v, right)()
         view.rmatvec(weight, u, left)()
     stacked = torch.stack(list(matrices)).view(*batch, m, n)
-    return [right, left], [stacked @ v.mT, u @ stacked]
+    return [right, left], [v @ stacked.mT, u @ stacked]
 
 
 def term_of(module, name, choice):

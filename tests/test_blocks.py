@@ -169,13 +169,13 @@ def test_products_that_were_prepared_read_the_weight_as_it_is_by_then():
     weight = layer.weight.detach()
     n_blocks, m, n = target.view.shape(weight)
     v, u = randn(n_blocks, 2, n), randn(n_blocks, 2, m)
-    right, left = v.new_empty(n_blocks, m, 2), v.new_empty(n_blocks, 2, n)
+    right, left = v.new_empty(n_blocks, 2, m), v.new_empty(n_blocks, 2, n)
     products = target.view.matvec(weight, v, right), target.view.rmatvec(weight, u, left)
     weight.mul_(-2)
     for product in products:
         product()
     matrices = torch.stack(of_groups(layer, weight))
-    torch.testing.assert_close(right, matrices @ v.mT)
+    torch.testing.assert_close(right, v @ matrices.mT)
     torch.testing.assert_close(left, u @ matrices)
 
 

@@ -11,7 +11,6 @@ from _models import build
 from _oracles import exact_terms
 
 from snr_hooks import SNROptimizer
-from snr_hooks.estimators import Term
 from snr_hooks.term import _warn_of_underflow
 from snr_hooks.views import MatrixView
 
@@ -130,6 +129,6 @@ def test_a_term_that_underflows_in_float16_is_reported_and_a_scaled_one_is_not()
 @pytest.mark.parametrize(("share", "lost"), [(0.9, True), (1.1, False)])
 def test_underflow_begins_at_half_the_smallest_float16(sign, side, share, lost):
     grad, u, v = torch.zeros(2, 2).half(), side * torch.ones(2), torch.ones(2)
-    term = Term(1.0, u, v, MatrixView().adder(grad, u, v))
+    add = MatrixView().adder(grad, u, v)
     with pytest.warns(UserWarning, match="underflows") if lost else nullcontext():
-        _warn_of_underflow(SimpleNamespace(name="w"), grad, term, sign * share * 2**-25)
+        _warn_of_underflow(SimpleNamespace(name="w"), grad, add, sign * share * 2**-25)

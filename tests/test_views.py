@@ -5,6 +5,7 @@ import torch
 from _oracles import as_matrix, from_matrix
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from snr_hooks.views import MatrixView
 
@@ -62,16 +63,16 @@ def test_prepared_products_equal_those_of_the_materialized_matrix(out_axis, weig
     view = MatrixView(out_axis)
     m, n = view.shape(weight)
     v, u = torch.randn(k, n, dtype=torch.float64), torch.randn(k, m, dtype=torch.float64)
-    # Rows of a wider tensor, as they are where lengths differ.
-    out = torch.full((k, n + 3), torch.nan, dtype=torch.float64)[:, :n]
-    columns = torch.full((m, k), torch.nan, dtype=torch.float64)
-    product, transposed = view.matvec(weight, v, columns), view.rmatvec(weight, u, out)
+    # Parts of longer rows, where the vectors of all weights are.
+    tensors = v, u, torch.full_like(u, torch.nan), torch.full_like(v, torch.nan)
+    v, u, out, back = (functional.pad(rows, (2, 1))[:, 2:-1] for rows in tensors)
+    product, transposed = view.matvec(weight, v, out), view.rmatvec(weight, u, back)
     for _ in range(2):
         matrix = as_matrix(weight, transposed=out_axis == 1)
         product()
         transposed()
-        torch.testing.assert_close(columns.T, v @ matrix.T)
-        torch.testing.assert_close(out, u @ matrix)
+        torch.testing.assert_close(out, v @ matrix.T)
+        torch.testing.assert_close(back, u @ matrix)
         for tensor in (weight, v, u):  # prepared once, computed from what is there now
             tensor.mul_(-0.5)
 
@@ -79,10 +80,10 @@ def test_prepared_products_equal_those_of_the_materialized_matrix(out_axis, weig
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_of_half_precision_weights_are_taken_in_the_dtype_of_the_vectors(dtype):
     weight, v, u = torch.randn(40, 60).to(dtype), torch.randn(2, 60), torch.randn(2, 40)
-    out, back = torch.empty(40, 2), torch.empty(2, 60)
+    out, back = torch.empty(2, 40), torch.empty(2, 60)
     MatrixView().matvec(weight, v, out)()
     MatrixView().rmatvec(weight, u, back)()
-    torch.testing.assert_close(out.T, v @ weight.float().T)
+    torch.testing.assert_close(out, v @ weight.float().T)
     torch.testing.assert_close(back, u @ weight.float())
 
 
