@@ -36,8 +36,10 @@ DRIVERS = [
     "1 vector",
     "1 vector, full iteration",
     DEFAULT,
+    "3 vectors",
     "4 vectors",
     "8 vectors",
+    "16 vectors",
 ]
 """Settings that also drive a training of their own."""
 

@@ -13,9 +13,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "1 vector": {"n_vectors": 1},
     "1 vector, full iteration": {"n_vectors": 1, "n_power_iterations": 1},
     DEFAULT: {},
-    "2 vectors, full iteration": {"n_power_iterations": 1},
+    "2 vectors, full iteration": {"n_vectors": 2, "n_power_iterations": 1},
+    "3 vectors": {"n_vectors": 3},
     "4 vectors": {"n_vectors": 4},
     "8 vectors": {"n_vectors": 8},
+    "16 vectors": {"n_vectors": 16},
 }
 
 

@@ -22,13 +22,13 @@ class Prepared(NamedTuple):
 
     Attributes:
         written: What of the weight the term was computed from.
-        add: Adds a multiple of u v^T to a gradient.
-        factor: By lambda * psi'(sigma); None where lambda is 0.
+        add: Adds a multiple of u v^T to a gradient; None where lambda is 0.
+        factor: Which multiple: lambda * psi'(sigma).
     """
 
     written: "Written"
-    add: Adder
-    factor: float | Tensor | None
+    add: Adder | None
+    factor: float | Tensor
 
 
 Written = tuple[int, int]
@@ -116,35 +116,34 @@ class SpectralTerm:
         if prepared is None or prepared.written != _written(target.parameter):
             self._prepare(target)
             prepared = self._prepared[target.name]
-        factor = prepared.factor
-        if factor is None:
+        _, add, factor = prepared
+        if add is None:
             return
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
         if grad.dtype is torch.float16:
-            _warn_of_underflow(target, grad, prepared.add, factor)
-        prepared.add(grad, factor)
+            _warn_of_underflow(target, grad, add, factor)
+        add(grad, factor)
 
     def _prepare(self, asking: Target) -> None:
         """Compute the terms of all targets that may be due in this step, as the weights are now."""
-        strengths = [
-            (target, self.strength(target))
-            for target in self.targets
-            if target is asking or _can_be_due(target)
-        ]
-        due = [target for target, strength in strengths if strength > 0]
+        awaited = [t for t in self.targets if t is asking or _can_be_due(t)]
+        strengths = [self._directed_strength(target) for target in awaited]
+        due = [t for t, strength in zip(awaited, strengths, strict=True) if strength]
         terms = iter(self.estimator.advance(due) if due else ())
         self._prepared = {
-            target.name: self._for_hook(target, strength, next(terms))
-            if strength > 0
-            else Prepared(_written(target.parameter), _add_nothing, None)
-            for target, strength in strengths
+            target.name: _ready(target, strength, next(terms) if strength else None)
+            for target, strength in zip(awaited, strengths, strict=True)
         }
 
-    def _for_hook(self, target: Target, strength: float, term: Term) -> Prepared:
-        direction = self._direction(target.parameter)
-        factor = direction * strength * _slope(target, term.sigma)
-        return Prepared(_written(target.parameter), term.add, factor)
+    def _directed_strength(self, target: Target) -> float:
+        """Return lambda, negative for a group that maximizes: its optimizer ascends.
+
+        Sigma is to shrink there too, as a weight does under weight decay.
+        """
+        strength = self.strength(target)
+        group = self._group(target.parameter)
+        return -strength if group and group.get("maximize") else strength
 
     def decay(self) -> Callable[[], None]:
         """Prepare to subtract lr * lambda times the terms of the weights as they are now.
@@ -176,14 +175,6 @@ class SpectralTerm:
         term.add(change, factor)
         return partial(_add_, change)
 
-    def _direction(self, parameter: Tensor) -> float:
-        """Return -1 for a group that maximizes, whose optimizer ascends along gradients.
-
-        Sigma is to shrink there too, as a weight does under weight decay.
-        """
-        group = self._group(parameter)
-        return -1.0 if group and group.get("maximize") else 1.0
-
     def outdate(self) -> None:
         """Compute the terms anew when one is asked for next."""
         self._prepared.clear()
@@ -206,8 +197,12 @@ def _can_be_due(target: Target) -> bool:
     return target.parameter.requires_grad and (size is None or size.value is not None)
 
 
-def _add_nothing(grad: Tensor, factor: float | Tensor) -> None:
-    """Leave a gradient alone."""
+def _ready(target: Target, strength: float, term: Term | None) -> Prepared:
+    """Return what is left to do with a term, or that nothing is, without one."""
+    written = _written(target.parameter)
+    if term is None:
+        return Prepared(written, None, 0.0)
+    return Prepared(written, term.add, strength * _slope(target, term.sigma))
 
 
 def _add_(change: Tensor, weight: Tensor) -> None:

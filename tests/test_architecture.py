@@ -41,7 +41,7 @@ ALLOWED = {
     "estimators": {"discovery", "products", "sharding", "subspace", "views"},
     "hooks": {"discovery"},
     "checks": {"choices", "discovery", "sharding"},
-    "term": {"checks", "choices", "discovery", "estimators", "penalties", "sharding"},
+    "term": {"checks", "choices", "discovery", "estimators", "penalties", "sharding", "views"},
     "optimizer": {
         "_names",
         "checks",

@@ -202,6 +202,23 @@ def test_lambda_is_written_into_groups_and_can_be_scheduled():
     assert_differ(scheduled, constant)
 
 
+def test_lambda_counts_as_it_is_when_the_first_gradient_of_a_step_arrives():
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    model = torch.nn.ModuleList([first, second])
+    opt = wrap(model)
+    for expected, later in ((0.5, 0.0), (0.0, 0.5)):
+        opt.param_groups[0]["snr_lambda"] = expected
+        opt.zero_grad()
+        (first.weight * 0).sum().backward()
+        opt.param_groups[0]["snr_lambda"] = later
+        (second.weight * 0).sum().backward()
+        for layer in (first, second):
+            norm = torch.linalg.matrix_norm(layer.weight, 2).item()
+            found = layer.weight.grad.norm().item()
+            assert found == pytest.approx(expected * norm, rel=1e-3)
+        opt.step()
+
+
 def test_lambda_zero_is_the_plain_optimizer_and_computes_nothing(monkeypatch):
     off, plain = build("convolutions"), build("convolutions")
     opt = SNROptimizer(sgd(off), off, 0.0)

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from snr_hooks import SNROptimizer
-from snr_hooks.subspace import Subspaces, jacobi, rayleigh_ritz, signs, starting_vectors
+from snr_hooks.subspace import Rows, Subspaces, jacobi, rayleigh_ritz, signs, starting_vectors
 from snr_hooks.views import MatrixView
 
 DTYPES = (torch.float32, torch.float64)
@@ -267,6 +267,35 @@ def test_matrices_are_independent_of_what_they_are_stacked_with(shapes_, seed, k
             assert v.shape == (weight.shape[1],)
             assert sigma.item() == pytest.approx(own_sigma.item(), rel=1e-9)
             torch.testing.assert_close(torch.outer(u, v), torch.outer(own_u, own_v))
+
+
+lengths = st.tuples(st.integers(1, 300), st.one_of(st.none(), st.integers(1, 5)))
+
+
+@given(st.lists(lengths, min_size=1, max_size=6), counts, seeds)
+def test_rows_compute_for_every_map_what_is_computed_for_one(lengths_, k, seed):
+    """Weights of all lengths, with blocks (a number of them) and without."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator)
+
+    vectors = [noise(k, n) if b is None else noise(b, k, n) for n, b in lengths_]
+    rows = Rows(vectors)
+    entries = sum(vector.numel() for vector in vectors)
+    assert rows.tensor.numel() <= 1.25 * entries
+    maps = [m for vector in vectors for m in (vector if vector.ndim == 3 else vector[None])]
+    expected = torch.stack([m.double() @ m.double().T for m in maps])
+    torch.testing.assert_close(rows.gram(rows.tensor), expected)
+    h = k - k // 2
+    factors = noise(len(maps), h, k)
+    rows.combine(factors, rows.tensor, rows.images)  # which are some of the vectors
+    flat = iter(factors)
+    for found, vector in zip(rows.parts(rows.images), vectors, strict=True):
+        if vector.ndim == 2:
+            torch.testing.assert_close(found, next(flat) @ vector)
+        else:
+            torch.testing.assert_close(found, torch.stack([next(flat) @ m for m in vector]))
 
 
 @given(st.integers(1, 9), seeds)
