@@ -374,7 +374,7 @@ def table(bench: dict[str, Any]) -> str:
         "| | " + " | ".join(models) + " |",
         "|---" * (len(models) + 1) + "|",
     ]
-    for name in next(iter(bench["own_work"].values())):
+    for name in next(iter(bench["own_work"].values()), {}):
         cells = [
             "{ratio:.2f} ({low:.2f}-{high:.2f})".format(**bench["own_work"][model][name])
             for model in models

@@ -200,7 +200,8 @@ def draw_bench(path: Path, bench: Mapping[str, Any]) -> None:
     axes[0].axhline(1, color="black", linewidth=0.8)
     axes[0].set_xticks(range(len(models)), models, rotation=20, fontsize=8)
     axes[0].set(title="the term alone, over weight decay (1)", ylabel="ratio of times")
-    axes[0].legend(fontsize=7)
+    axes[0].set_ylim(top=1.4 * axes[0].get_ylim()[1])  # room for the legend
+    axes[0].legend(fontsize=7, ncols=3, loc="upper center")
     for axis, key, label in (
         (axes[1], "parameters", "parameters in 50 weights"),
         (axes[2], "weights", "weights of 16 x 16"),

@@ -47,6 +47,23 @@ def test_the_whole_benchmark_runs_and_writes_its_report(tiny, tmp_path, capsys):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", "abcde")
+def test_parts_can_be_measured_alone(part, tiny, tmp_path):
+    options = ["--repetitions", "1", "--largest", "1", "--models", "test_resnet"]
+    bench.main([*options, "--parts", part, "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "bench.json").read_text())
+    found = {key for key in ("own_work", "whole_step", "memory", "growth") if result.get(key)}
+    expected = {"a": "own_work", "b": "whole_step", "c": "memory", "d": "memory", "e": "growth"}
+    assert found == {expected[part]}
+
+
+def test_memory_is_the_same_when_measured_again():
+    model = nn.Linear(300, 200, bias=False)
+    first, again = (bench.memory(model, {"n_vectors": 2}) for _ in range(2))
+    assert first == again
+
+
 def test_a_hooked_step_adds_every_term_once():
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     optimizer = bench.wrapped(model, {})
