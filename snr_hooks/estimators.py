@@ -545,6 +545,9 @@ def _checked_vectors(target: Target, vectors: object, k: int) -> Vectors:
         raise ValueError(f"{expected} {shapes[0]} and {shapes[1]}; {remedy}")
     if not all(part.isfinite().all() and part.any(dim=-1).all() for part in parts):
         raise ValueError(f"{expected} some that are zero or not finite; {remedy}")
+    longest = max(float(part.double().norm(dim=-1).max()) for part in parts)
+    if longest > 1 + 1e-3:  # the iteration leaves unit vectors, and shorter ones where it is lost
+        raise ValueError(f"{expected} one of length {longest:.3g}, where 1 is the most; {remedy}")
     return {side: vectors[side].detach().clone() for side in ("left", "right")}
 
 

@@ -225,7 +225,7 @@ def _better_of_two(gram: Tensor, image_gram: Tensor) -> Tensor:
     image_a, image_b, _, image_c = image_gram.flatten(1).unbind(1)
     a = a + _WHITENING
     shift = b / a
-    rest = (c + _WHITENING - shift * b).clamp_(min=_WHITENING)
+    rest = c + _WHITENING - shift * b  # more than whitening, because b^2 is at most a c
     image_rest = image_b - shift * image_a
     length = rest.sqrt()
     twice = 2 * image_rest / (a.sqrt() * length)

@@ -243,6 +243,22 @@ def test_recovers_from_vectors_that_the_new_matrix_annihilates(k):
     assert iterate(matrix, 6, subspaces=subspaces)[0] == pytest.approx(2)
 
 
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("apart", [0, 1e-7, 1e-6])
+@pytest.mark.parametrize("length", [1e-10, 1.0])
+def test_vectors_that_almost_coincide_give_a_lower_bound(k, apart, length):
+    """No iteration leaves such vectors behind, but a state dict may bring them."""
+    generator = torch.Generator().manual_seed(k)
+    for _ in range(20):
+        matrix = torch.randn(7, 9, generator=generator)
+        vector = length * torch.nn.functional.normalize(torch.randn(9, generator=generator), dim=0)
+        vectors = vector * (1 + apart * torch.randn(k, 9, generator=generator))
+        subspaces = start([matrix], k, vectors=[vectors])
+        sigmas = [step(subspaces, [matrix])[0][0].item() for _ in range(60)]
+        assert max(sigmas) <= top(matrix) * (1 + rounding(matrix))
+        assert sigmas[-1] == pytest.approx(top(matrix), rel=1e-2)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_matrix_that_is_not_finite_leaves_vectors_usable(bad, k):
