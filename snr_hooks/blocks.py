@@ -20,7 +20,7 @@ All other dimensions are columns. The products of all blocks are one ``torch.bmm
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -113,14 +113,20 @@ class BlockView:
             (rows.view(*b, *r, *ones_c), columns.view(*b, *ones_r, *c))
             for rows, columns in zip(u.unbind(1), v.unbind(1), strict=True)
         ]
+        return partial(self._add, products)
 
-        def add(grad: Tensor, factors: float | Tensor) -> None:
-            arranged = self._arranged(grad)
-            each = torch.as_tensor(factors).to(u.dtype).unbind(-1)
-            for (rows, columns), factor in zip(products, each, strict=True):
-                arranged.addcmul_(rows * factor.view(*b, *ones_r, *ones_c), columns)
-
-        return add
+    def _add(
+        self,
+        products: Sequence[tuple[Tensor, Tensor]],
+        grad: Tensor,
+        factors: float | Tensor,
+    ) -> None:
+        arranged = self._arranged(grad)
+        b, r, c = self._shapes()
+        each = torch.as_tensor(factors).to(products[0][0].dtype).unbind(-1)
+        for (rows, columns), factor in zip(products, each, strict=True):
+            scaled = rows * factor.view(*b, *(1,) * len(r + c))
+            arranged.addcmul_(scaled, columns)
 
     def describe(self, weight: Tensor) -> str:
         """Return how many blocks of which shape, and which of their norms count."""

@@ -6,6 +6,7 @@ through that function, by a vector-Jacobian product, as autograd would carry it 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -210,24 +211,23 @@ class EffectiveView:
             where autograd cannot be used.
         """
         del weight
+        return partial(self._add, u, v)
 
-        def add(grad: Tensor, factor: float | Tensor) -> None:
-            with torch.enable_grad():
-                effective = self.function()
-            if not effective.requires_grad:
-                raise RuntimeError(
-                    "expected autograd to be available in backward hooks, which the gradient "
-                    f"through a weight that is {self.name} needs, found it switched off (compiled "
-                    "autograd does that): do not compile the backward pass, or choose weight "
-                    "'stored'"
-                )
-            term = torch.zeros_like(effective, dtype=u.dtype)
-            self.view.adder(term, u, v)(term, factor)
-            with torch.enable_grad():
-                (through,) = torch.autograd.grad(effective, self.source, term.to(effective.dtype))
-            grad.add_(through)
-
-        return add
+    def _add(self, u: Tensor, v: Tensor, grad: Tensor, factor: float | Tensor) -> None:
+        with torch.enable_grad():
+            effective = self.function()
+        if not effective.requires_grad:
+            raise RuntimeError(
+                "expected autograd to be available in backward hooks, which the gradient "
+                f"through a weight that is {self.name} needs, found it switched off (compiled "
+                "autograd does that): do not compile the backward pass, or choose weight "
+                "'stored'"
+            )
+        term = torch.zeros_like(effective, dtype=u.dtype)
+        self.view.adder(term, u, v)(term, factor)
+        with torch.enable_grad():
+            (through,) = torch.autograd.grad(effective, self.source, term.to(effective.dtype))
+        grad.add_(through)
 
     def describe(self, weight: Tensor) -> str:
         """Return how it is seen, and what was done to it."""

@@ -545,9 +545,15 @@ def _checked_vectors(target: Target, vectors: object, k: int) -> Vectors:
         raise ValueError(f"{expected} {shapes[0]} and {shapes[1]}; {remedy}")
     if not all(part.isfinite().all() and part.any(dim=-1).all() for part in parts):
         raise ValueError(f"{expected} some that are zero or not finite; {remedy}")
-    longest = max(float(part.double().norm(dim=-1).max()) for part in parts)
-    if longest > 1 + 1e-3:  # the iteration leaves unit vectors, and shorter ones where it is lost
-        raise ValueError(f"{expected} one of length {longest:.3g}, where 1 is the most; {remedy}")
+    lengths = torch.cat([part.double().norm(dim=-1).flatten() for part in parts])
+    # A single vector counts as a unit vector; of several the lengths are known, but may not be
+    # so large that rounding would make sigma no lower bound.
+    shortest, longest = (1 - 1e-3, 1 + 1e-3) if k == 1 else (0.0, 100.0)
+    if lengths.min() < shortest or lengths.max() > longest:
+        raise ValueError(
+            f"{expected} lengths of {lengths.min()} to {lengths.max()}, which are no vectors of an "
+            f"iteration with {k}; {remedy}"
+        )
     return {side: vectors[side].detach().clone() for side in ("left", "right")}
 
 

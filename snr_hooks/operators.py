@@ -14,6 +14,7 @@ is said of the latter, the *kernel map*: from large images, padded and convolved
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,13 +120,14 @@ class ConvolutionView:
         Returns:
             A function of a gradient and a factor, or factors of shape ``(r,)``.
         """
+        return partial(self._add, weight, u, v)
 
-        def add(grad: Tensor, factor: float | Tensor) -> None:
-            scaled = u * torch.as_tensor(factor, dtype=u.dtype, device=u.device)[..., None]
-            small, large = (scaled, v) if self.output_padding is None else (v, scaled)
-            grad.add_(self._weight_gradient(weight, small, large))
-
-        return add
+    def _add(
+        self, weight: Tensor, u: Tensor, v: Tensor, grad: Tensor, factor: float | Tensor
+    ) -> None:
+        scaled = u * torch.as_tensor(factor, dtype=u.dtype, device=u.device)[..., None]
+        small, large = (scaled, v) if self.output_padding is None else (v, scaled)
+        grad.add_(self._weight_gradient(weight, small, large))
 
     def describe(self, weight: Tensor) -> str:
         """Return on what images the convolution is seen."""

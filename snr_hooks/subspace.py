@@ -169,21 +169,23 @@ class Ritz(NamedTuple):
     informative: Tensor
 
 
-def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> Ritz:
+def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, dtype: torch.dtype) -> Ritz:
     """Find the best vectors in the span of k vectors from their Gram matrices alone.
 
     Args:
         gram: Inner products of the vectors, shape ``(L, k, k)``, float64.
         image_gram: Inner products of their images, likewise.
         n_best: How many to find, h.
-        eps: Rounding error of the vectors, below which images are noise.
+        dtype: Of the vectors. Images that are small beside its rounding error are noise, and
+            those below its normal numbers cannot be made unit vectors.
 
     Returns:
         The factors, in float64.
     """
+    info = torch.finfo(dtype)
     if gram.shape[-1] == 1:
         sigma = (image_gram / gram).sqrt()
-        informative = (sigma > 0) & (sigma < math.inf)
+        informative = (sigma > info.tiny) & (sigma < math.inf)
         images = torch.where(informative, sigma, 1).reciprocal()
         return Ritz(sigma[..., 0], gram.rsqrt(), images, informative[:, 0])
     if gram.shape[-1] == 2:
@@ -195,9 +197,9 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, eps: float) -> 
     values = _forms(image_gram, best).div_(squares)
     best = best / squares.sqrt()[..., None]
     # Whitening blows the rounding of the Gram matrices up by its inverse.
-    faintest = max((1e3 * eps) ** 2, 1e-9)
-    informative = values > faintest * values[:, :1]
+    faintest = max((1e3 * info.eps) ** 2, 1e-9)
     sigma = values.sqrt()
+    informative = (values > faintest * values[:, :1]) & (sigma > info.tiny)
     images = best / sigma.masked_fill(~informative, 1)[..., None]
     return Ritz(sigma, best, images, informative)
 
@@ -362,8 +364,7 @@ class Subspaces:
         k = len(here.tensor)
         image_gram = there.gram(there.products)
         gram = here.gram(here.tensor) if k > 1 else torch.ones_like(image_gram)
-        eps = torch.finfo(here.tensor.dtype).eps
-        ritz = rayleigh_ritz(gram, image_gram, k - k // 2, eps)
+        ritz = rayleigh_ritz(gram, image_gram, k - k // 2, here.tensor.dtype)
         if k > 1:
             here.combine(ritz.best[:, : k // 2], here.tensor, here.kept)
         there.combine(ritz.images, there.products, there.images)

@@ -18,17 +18,17 @@ from snr_hooks.views import Adder
 
 
 class Prepared(NamedTuple):
-    """What the hook of a target has left to do.
+    """What the hook of a target needs: it adds lambda * psi'(sigma) u v^T.
 
     Attributes:
         written: What of the weight the term was computed from.
-        add: Adds a multiple of u v^T to a gradient; None where lambda is 0.
-        factor: Which multiple: lambda * psi'(sigma).
+        add: Adds a multiple of u v^T to a gradient.
+        slope: psi'(sigma).
     """
 
     written: "Written"
-    add: Adder | None
-    factor: float | Tensor
+    add: Adder
+    slope: float | Tensor
 
 
 Written = tuple[int, int]
@@ -39,8 +39,8 @@ class SpectralTerm:
     """Adds the gradient of (lambda / 2) * sigma^2, the penalty of the paper (section 3).
 
     Args:
-        optimizer: Holds lambda in its param groups. They are read anew in every step, when its
-            first term is due, so that lambda can be scheduled like a learning rate.
+        optimizer: Holds lambda in its param groups. They are read anew for every term, so
+            that lambda can be scheduled like a learning rate.
         estimator: Where sigma, u and v come from.
         default: lambda for groups that do not name one; a number or a function of the step.
         scaler: The loss scaler whose scale the gradients carry, if any.
@@ -112,13 +112,15 @@ class SpectralTerm:
         cost less than one by one, and a hook finds the caches full of its gradient. A weight
         that was written to since then has them prepared again.
         """
+        strength = self._directed_strength(target)
+        if strength == 0:
+            return
         prepared = self._prepared.get(target.name)
         if prepared is None or prepared.written != _written(target.parameter):
             self._prepare(target)
             prepared = self._prepared[target.name]
-        _, add, factor = prepared
-        if add is None:
-            return
+        _, add, slope = prepared
+        factor = strength * slope
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
         if grad.dtype is torch.float16:
@@ -127,14 +129,17 @@ class SpectralTerm:
 
     def _prepare(self, asking: Target) -> None:
         """Compute the terms of all targets that may be due in this step, as the weights are now."""
-        awaited = [t for t in self.targets if t is asking or _can_be_due(t)]
-        strengths = [self._directed_strength(target) for target in awaited]
-        due = [t for t, strength in zip(awaited, strengths, strict=True) if strength]
-        terms = iter(self.estimator.advance(due) if due else ())
+        due = [t for t in self.targets if t is asking or self._is_due(t)]
         self._prepared = {
-            target.name: _ready(target, strength, next(terms) if strength else None)
-            for target, strength in zip(awaited, strengths, strict=True)
+            target.name: Prepared(_written(target.parameter), term.add, _slope(target, term.sigma))
+            for target, term in zip(due, self.estimator.advance(due), strict=True)
         }
+
+    def _is_due(self, target: Target) -> bool:
+        size = target.view.observes
+        if size is not None and size.value is None:  # no input has come by, nor will a gradient
+            return False
+        return target.parameter.requires_grad and self.strength(target) > 0
 
     def _directed_strength(self, target: Target) -> float:
         """Return lambda, negative for a group that maximizes: its optimizer ascends.
@@ -152,7 +157,7 @@ class SpectralTerm:
             A function that subtracts them from the weights that have a gradient by then, as
             AdamW decays weights (Loshchilov and Hutter 2019, algorithm 2, line 12).
         """
-        due = [t for t in self.targets if _can_be_due(t) and self.strength(t) > 0]
+        due = [t for t in self.targets if self._is_due(t)]
         terms = self.estimator.advance(due)
         changes = [self._change(*pair) for pair in zip(due, terms, strict=True)]
 
@@ -189,20 +194,6 @@ class SpectralTerm:
             )
         # The public way to read the scale without a host synchronization.
         return scaler.scale(torch.ones((), device=device))
-
-
-def _can_be_due(target: Target) -> bool:
-    """Whether a gradient may arrive: not for an input that has not come by yet, say."""
-    size = target.view.observes
-    return target.parameter.requires_grad and (size is None or size.value is not None)
-
-
-def _ready(target: Target, strength: float, term: Term | None) -> Prepared:
-    """Return what is left to do with a term, or that nothing is, without one."""
-    written = _written(target.parameter)
-    if term is None:
-        return Prepared(written, None, 0.0)
-    return Prepared(written, term.add, strength * _slope(target, term.sigma))
 
 
 def _add_(change: Tensor, weight: Tensor) -> None:

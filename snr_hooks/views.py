@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Adder = Callable[[Tensor, float | Tensor], None]
-"""Adds a multiple of a prepared matrix to a gradient, in place."""
+"""Adds a multiple of a prepared matrix to a gradient, in place. No closure: copies and pickles of
+a wrapper hold some of these, with vectors of their own."""
 
 
 class View(Protocol):
@@ -263,7 +264,7 @@ class ShardedView:
         """Prepare the addition of this process's part of u v^T to its part of a gradient."""
         rows, columns = self._rows_and_columns(weight)
         add = self.view.adder(local(weight), u[..., rows], v[..., columns])
-        return lambda grad, factor: add(local(grad), factor)
+        return partial(_add_to_part, add)
 
     def describe(self, weight: Tensor) -> str:
         """Return how the matrix is made, and over how many processes it is split."""
@@ -277,6 +278,10 @@ class ShardedView:
             return slice(self.part.start, self.part.stop), everything
         width = math.prod(weight.shape[2:])
         return everything, slice(self.part.start * width, self.part.stop * width)
+
+
+def _add_to_part(add: Adder, grad: Tensor, factor: float | Tensor) -> None:
+    add(local(grad), factor)
 
 
 def _from_zero(out: Tensor, product: Product) -> Product:

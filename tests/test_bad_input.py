@@ -270,10 +270,7 @@ def good_pair():
         (good_pair() | {"right": torch.ones(2, 6).tril(-6)}, "zero or not finite"),
         (good_pair() | {"right": torch.tensor([[1.0] * 6, [0.0] * 6])}, "zero or not finite"),
         (good_pair() | {"right": torch.full((2, 6), math.nan)}, "zero or not finite"),
-        (
-            good_pair() | {"right": 1.01 * torch.eye(6)[:2]},
-            "one of length 1.01, where 1 is the most",
-        ),
+        (good_pair() | {"right": 101 * torch.eye(6)[:2]}, "lengths of 1.0 to 101.0, which are no"),
         (good_pair() | {"right": [[1.0] * 6] * 2}, "found no tensors"),
         ({"right": torch.eye(6)[:2]}, "found a dict"),
     ],

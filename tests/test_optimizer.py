@@ -202,21 +202,32 @@ def test_lambda_is_written_into_groups_and_can_be_scheduled():
     assert_differ(scheduled, constant)
 
 
-def test_lambda_counts_as_it_is_when_the_first_gradient_of_a_step_arrives():
+def test_lambda_is_read_for_every_term():
     first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     model = torch.nn.ModuleList([first, second])
     opt = wrap(model)
-    for expected, later in ((0.5, 0.0), (0.0, 0.5)):
-        opt.param_groups[0]["snr_lambda"] = expected
-        opt.zero_grad()
-        (first.weight * 0).sum().backward()
-        opt.param_groups[0]["snr_lambda"] = later
-        (second.weight * 0).sum().backward()
-        for layer in (first, second):
-            norm = torch.linalg.matrix_norm(layer.weight, 2).item()
-            found = layer.weight.grad.norm().item()
-            assert found == pytest.approx(expected * norm, rel=1e-3)
-        opt.step()
+    norms = [torch.linalg.matrix_norm(layer.weight, 2).item() for layer in (first, second)]
+    for strengths in ((0.5, 0.1), (0.3, 0.0), (0.0, 0.2)):
+        model.zero_grad()  # not the wrapper's: it does not know of a new step
+        for layer, strength in zip((first, second), strengths, strict=True):
+            opt.param_groups[0]["snr_lambda"] = strength
+            (layer.weight * 0).sum().backward()
+        for layer, strength, norm in zip((first, second), strengths, norms, strict=True):
+            assert layer.weight.grad.norm().item() == pytest.approx(strength * norm, rel=1e-3)
+
+
+def test_a_backward_that_reaches_weights_without_lambda_alone_computes_nothing(monkeypatch):
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    groups = [
+        {"params": first.parameters(), "snr_lambda": 0.0},
+        {"params": second.parameters(), "snr_lambda": 0.1},
+    ]
+    model = torch.nn.ModuleList([first, second])
+    opt = SNROptimizer(torch.optim.SGD(groups, lr=0.1), model)
+    advanced = []
+    monkeypatch.setattr(opt._term.estimator, "advance", advanced.append)
+    (first.weight * 0).sum().backward()
+    assert not advanced
 
 
 def test_lambda_zero_is_the_plain_optimizer_and_computes_nothing(monkeypatch):

@@ -1,13 +1,14 @@
 """Cases that slipped through once, or that a mutation of the code once survived."""
 
 import copy
+import pickle
 import weakref
 
 import numpy as np
 import pytest
 import torch
 from _models import build
-from _oracles import exact_term
+from _oracles import exact_term, matrix_with
 from test_once_per_step import LAMBDA, loss_of, record
 from test_optimizer import hooks_on, sgd, train, wrap
 from torch import nn
@@ -437,3 +438,63 @@ def test_gradients_that_were_clipped_in_a_closure_are_not_reported():
 
     for _ in range(3):
         opt.step(closure)
+
+
+@pytest.mark.parametrize("n_vectors", [1, 2, 3, 8, 16])
+def test_a_wrapper_loads_what_it_saved(n_vectors):
+    """Also of weights with one row, and of ones whose vectors are not all unit vectors."""
+    for seed in range(5):
+        model = torch.nn.Sequential(torch.nn.Linear(60, 40), torch.nn.Linear(40, 1))
+        with torch.no_grad():
+            model[0].weight.copy_(matrix_with([0.5**i for i in range(30)], 40, 60, seed))
+        opt = SNROptimizer(sgd(model), model, n_vectors=n_vectors, seed=seed)
+        for _ in range(4):
+            opt.zero_grad()
+            sum((layer.weight * 0).sum() for layer in model).backward()
+            opt.step()
+            norms = opt.spectral_norms()
+            opt.load_state_dict(opt.state_dict())
+            assert opt.spectral_norms() == norms
+
+
+@pytest.mark.parametrize("n_vectors", [1, 2, 3, 4])
+@pytest.mark.parametrize("scale", [1e-38, 1e-40, 1e-44])
+def test_a_weight_below_the_normal_numbers_leaves_gradients_finite_and_recovers(n_vectors, scale):
+    layer = torch.nn.Linear(6, 5)
+    before = layer.weight.detach().clone()
+    opt = SNROptimizer(sgd(layer), layer, n_vectors=n_vectors)
+    for factor in (scale, scale, scale, *[1.0] * 80):
+        opt.zero_grad()
+        with torch.no_grad():
+            layer.weight.copy_(before * factor)
+        (layer.weight * 0).sum().backward()
+        assert layer.weight.grad.isfinite().all()
+        opt.step()
+    with torch.no_grad():
+        layer.weight.copy_(before)
+    top = torch.linalg.matrix_norm(before, 2).item()
+    assert opt.spectral_norms()["weight"] == pytest.approx(top, rel=1e-3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+@pytest.mark.parametrize("choose", [None, "blocks", "operator", {"*": {"top": 2}}])
+def test_copies_hold_terms_of_their_own(copied, choose):
+    conv = torch.nn.Conv2d(4, 4, 3, groups=2)
+    model = torch.nn.Sequential(conv)
+    x = torch.randn(2, 4, 5, 5)
+    opt = SNROptimizer(sgd(model), model, choose=choose, n_power_iterations=0.125)
+
+    def step(model, opt):
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+
+    step(model, opt)
+    model(x).square().mean().backward()  # a term is prepared, and at other steps held
+    twin, twins_opt = copied((model, opt))
+    step(model, opt)
+    expected = conv.weight.detach().clone()
+    for _ in range(4):  # all that the original holds is replaced
+        step(model, opt)
+    step(twin, twins_opt)
+    assert torch.equal(twin[0].weight, expected)
