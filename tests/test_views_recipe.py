@@ -11,6 +11,10 @@ from test_operators import operator
 from recipes import bench, views
 from snr_hooks import discover
 
+pytestmark = (
+    pytest.mark.slow
+)  # the measurements together; what they are made of is tested by itself
+
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
