@@ -171,7 +171,7 @@ def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, An
         "filled: watching a training that an exact SVD regularizes; open: driving its own. "
         f"The exact SVD itself: error 0 at {bench['exact_work'][model]:.0f} times weight decay"
     )
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,5 +1,6 @@
 """The regularization term lambda * sigma * u v^T, at the scale the gradient has."""
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -88,13 +89,17 @@ class SpectralTerm:
             TypeError: The lambda that was chosen for it, or its param group's, is not a number.
             ValueError: It is negative or not finite.
         """
-        index = self._group_of.get(id(target.parameter))
-        if index is None:
-            return 0.0
-        if target.strength is not None:
-            return self.now(target.strength, f"lambda of {target.name!r}")
-        group = self._optimizer.param_groups[index]
-        return self.now(group.get(STRENGTH, self.default), f"{STRENGTH} of group {index}")
+        group = self._group(target.parameter)
+        return 0.0 if group is None else self._strength(target, group)
+
+    def _strength(self, target: Target, group: dict[str, Any]) -> float:
+        chosen = target.strength
+        value = group.get(STRENGTH, self.default) if chosen is None else chosen
+        if type(value) is float and 0 <= value < math.inf:  # as good as always, so spare the text
+            return value
+        if chosen is not None:
+            return self.now(chosen, f"lambda of {target.name!r}")
+        return self.now(value, f"{STRENGTH} of group {self._group_of[id(target.parameter)]}")
 
     def now(self, strength: Strength, what: str) -> float:
         """Return lambda at this step."""
@@ -112,9 +117,14 @@ class SpectralTerm:
         cost less than one by one, and a hook finds the caches full of its gradient. A weight
         that was written to since then has them prepared again.
         """
-        strength = self._directed_strength(target)
+        group = self._group(target.parameter)
+        if group is None:
+            return
+        strength = self._strength(target, group)
         if strength == 0:
             return
+        if group.get("maximize"):  # the optimizer ascends; sigma is to shrink there, too
+            strength = -strength
         prepared = self._prepared.get(target.name)
         if prepared is None or prepared.written != _written(target.parameter):
             self._prepare(target)
@@ -140,15 +150,6 @@ class SpectralTerm:
         if size is not None and size.value is None:  # no input has come by, nor will a gradient
             return False
         return target.parameter.requires_grad and self.strength(target) > 0
-
-    def _directed_strength(self, target: Target) -> float:
-        """Return lambda, negative for a group that maximizes: its optimizer ascends.
-
-        Sigma is to shrink there too, as a weight does under weight decay.
-        """
-        strength = self.strength(target)
-        group = self._group(target.parameter)
-        return -strength if group and group.get("maximize") else strength
 
     def decay(self) -> Callable[[], None]:
         """Prepare to subtract lr * lambda times the terms of the weights as they are now.
