@@ -261,8 +261,6 @@ def checked_schedule(value: Any, what: str) -> Strength:
 
 def checked_strength(value: Any, what: str) -> float:
     """Return lambda as a float, or say what is wrong with it."""
-    if type(value) is float and 0 <= value < math.inf:  # asked for every weight and step
-        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"expected {what} to be a number >= 0, found {value!r}")
     strength = float(value)
