@@ -218,7 +218,10 @@ def _best_of_many(gram: Tensor, image_gram: Tensor, n_best: int) -> Tensor:
 
 
 def _better_of_two(gram: Tensor, image_gram: Tensor) -> Tensor:
-    """Return the same of two vectors, ``(L, 1, 2)``, written out: a tenth of the time.
+    """Return the same of two vectors, ``(L, 1, 2)``, written out, for the default has two.
+
+    It saves a tenth of a step on MobileNetV3, whose weights are small: 2.75 in place of 3.05
+    times weight decay (2 cores, medians of four alternating runs that vary by as much).
 
     The second vector is made orthogonal to the first and both to unit vectors, which is the
     Cholesky factor, and one rotation is Jacobi's method.
