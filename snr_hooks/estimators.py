@@ -414,6 +414,7 @@ class _Batch:
     def multiply(self) -> "Iterator[tuple[ProcessGroup, Tensor]]":
         """Take one product with each weight; return what is to be added up over processes."""
         right = self._subspaces.next_is_right
+        self._subspaces.reserve()
         for product in self._products[right]:
             product()
         _, outs = self._subspaces.multiplied(right=right)

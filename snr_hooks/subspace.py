@@ -41,9 +41,7 @@ class Rows:
     chunk, for all weights in one batch. The blocks of a weight that is several maps are L maps
     among the others.
 
-    The first k - k // 2 vectors are images, the others are kept. Products with the other side's
-    vectors are expected where the images are, which are used up by then, and in spare rows before
-    them.
+    The first k - k // 2 vectors are images, the others are kept.
 
     Args:
         vectors: Shape ``(k, length)`` for each weight, ``(blocks, k, length)`` for one with
@@ -63,9 +61,8 @@ class Rows:
         self._map_of_chunk = maps.repeat_interleave(self._chunks_of_maps)
         n = self._chunk * len(self._map_of_chunk)
         k = vectors[0].shape[-2]
-        tensor = vectors[0].new_zeros(k // 2 + k, n)
-        self.tensor, self.products = tensor[k // 2 :], tensor[:k]
-        self.images, self.kept = tensor[k // 2 : k], tensor[k:]
+        self.tensor = vectors[0].new_zeros(k, n)
+        self.images, self.kept = self.tensor[: k - k // 2], self.tensor[k - k // 2 :]
         self.each = self.parts(self.tensor)
         """The vectors of each weight: views, in the order of the weights."""
         for part, vector in zip(self.each, vectors, strict=True):
@@ -108,12 +105,17 @@ class Rows:
         Args:
             factors: Shape ``(L, h, k)``.
             vectors: Laid out like these.
-            out: h rows laid out like these; may be among these.
+            out: h rows laid out like these; may be among the vectors.
         """
         factors = factors.to(vectors.dtype).index_select(0, self._map_of_chunk)
-        chunks = vectors.view(len(vectors), -1, self._chunk).transpose(0, 1)
-        product = torch.mul if len(vectors) == 1 else torch.bmm  # the same, faster
-        out.view(len(out), -1, self._chunk).copy_(product(factors, chunks).transpose(0, 1))
+        chunks = vectors.view(len(vectors), -1, self._chunk)
+        if len(out) == 1:  # bmm would take three to six times as long
+            combined = chunks[0] * factors[:, 0, :1]
+            for i in range(1, len(vectors)):
+                combined.addcmul_(chunks[i], factors[:, 0, i : i + 1])
+        else:
+            combined = torch.bmm(factors, chunks.transpose(0, 1)).transpose(0, 1)
+        out.view(len(out), -1, self._chunk).copy_(combined)
 
     def fill(self, unknown: Tensor) -> None:
         """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""
@@ -331,9 +333,10 @@ class Subspaces:
         self.left = Rows(left)
         self.next_is_right = next_is_right
         # Products with right vectors are left vectors, and the other way round.
+        self._room = _Room(self.left.tensor, self.right.tensor)
         self._products = {
-            True: self.left.parts(self.left.products),
-            False: self.right.parts(self.right.products),
+            True: self.left.parts(self._room.like_first),
+            False: self.right.parts(self._room.like_second),
         }
         k = len(self.right.tensor)
         # A single vector is the best there is.
@@ -350,10 +353,16 @@ class Subspaces:
     def multiplied(self, *, right: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Return the vectors of each weight on a side, and where their products are expected.
 
-        Right vectors have shape ``(k, n)``, their products ``(k, m)``; left vectors ``(k, m)``,
-        their products ``(k, n)``; all after the blocks, if any.
+        There is room for products from ``reserve()`` to ``step()``, and before the first step, so
+        that products can be prepared. Right vectors have shape ``(k, n)``, their products
+        ``(k, m)``; left vectors ``(k, m)``, their products ``(k, n)``; all after the blocks, if
+        any.
         """
         return (self.right if right else self.left).each, self._products[right]
+
+    def reserve(self) -> None:
+        """Make room for products, all zero."""
+        self._room.reserve()
 
     def step(self) -> Tensor:
         """Find the best unit vector of this side, once the products have been computed.
@@ -364,16 +373,46 @@ class Subspaces:
         """
         right = self.next_is_right
         here, there = (self.right, self.left) if right else (self.left, self.right)
+        products = self._room.like_first if right else self._room.like_second
         k = len(here.tensor)
-        image_gram = there.gram(there.products)
+        image_gram = there.gram(products)
         gram = here.gram(here.tensor) if k > 1 else torch.ones_like(image_gram)
         ritz = rayleigh_ritz(gram, image_gram, k - k // 2, here.tensor.dtype)
         if k > 1:
             here.combine(ritz.best[:, : k // 2], here.tensor, here.kept)
-        there.combine(ritz.images, there.products, there.images)
+        there.combine(ritz.images, products, there.images)
+        self._room.release()
         there.fill(~ritz.informative)
         self.next_is_right = not right
         return ritz.sigma[:, : k // 2 or 1]
+
+
+class _Room:
+    """Memory of two tensors, of which one at a time is needed, and between steps none.
+
+    The memory comes and goes under the tensors, so that the views of every weight are made once,
+    at the beginning, while there is memory.
+
+    Args:
+        first: What one of the tensors is like.
+        second: What the other is like.
+    """
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self._all = first.new_empty(max(first.numel(), second.numel()))
+        self._n_bytes = self._all.nbytes
+        self.like_first = self._all[: first.numel()].view_as(first)
+        self.like_second = self._all[: second.numel()].view_as(second)
+
+    def reserve(self) -> None:
+        """Take memory and fill it with zeros."""
+        self._all.untyped_storage().resize_(self._n_bytes)
+        self._all.zero_()
+
+    def release(self) -> None:
+        """Give the memory back, where torch can."""
+        if self._all.device.type in ("cpu", "cuda"):
+            self._all.untyped_storage().resize_(0)
 
 
 def _rows(vectors: Sequence[Tensor], rows: slice) -> list[Tensor]:

@@ -45,6 +45,7 @@ def step(subspaces, matrices_):
     """One step; sigma, u and v of each matrix."""
     product = MatrixView().matvec if subspaces.next_is_right else MatrixView().rmatvec
     right = subspaces.next_is_right
+    subspaces.reserve()
     for matrix, *tensors in zip(matrices_, *subspaces.multiplied(right=right), strict=True):
         product(matrix, *tensors)()
     sigmas = subspaces.step()[:, 0]
