@@ -10,7 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from snr_hooks import SNROptimizer
-from snr_hooks.subspace import Rows, Subspaces, jacobi, rayleigh_ritz, signs, starting_vectors
+from snr_hooks.ritz import jacobi, rayleigh_ritz
+from snr_hooks.rows import Rows, signs
+from snr_hooks.subspace import Subspaces, starting_vectors
 from snr_hooks.views import MatrixView
 
 DTYPES = (torch.float32, torch.float64)
@@ -330,7 +332,7 @@ def test_jacobi_is_eigh(k, seed):
 def test_an_accelerator_gets_the_same_from_jacobi(monkeypatch):
     matrix = matrix_with([0.9**i for i in range(20)], 20, 30, 0)
     expected = iterate(matrix, 6)
-    monkeypatch.setattr("snr_hooks.subspace.symmetric_eigen", jacobi)
+    monkeypatch.setattr("snr_hooks.ritz.symmetric_eigen", jacobi)
     for found, value in zip(iterate(matrix, 6), expected, strict=True):
         torch.testing.assert_close(found.abs(), value.abs())
 

@@ -1,0 +1,176 @@
+"""The Rayleigh-Ritz step: the best vectors in the span of a few, from inner products alone.
+
+The matrices are as small as the number of vectors, and those of all weights are worked on at once.
+Nothing waits for the device.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_WHITENING = 1e-6
+"""Added to the diagonal of Gram matrices. Directions in which the vectors differ by less
+than its square root would be rounding noise blown up; they count for less, smoothly."""
+
+
+class Ritz(NamedTuple):
+    """What a Rayleigh-Ritz step found for each of L matrices, as factors of k vectors.
+
+    Attributes:
+        sigma: Shape ``(L, h)``, float64: |W x| at these x, the largest over the span first.
+        best: Shape ``(L, h, k)``: rows that combine the vectors into the unit vectors x at
+            which |W x| is largest, the best first.
+        images: Shape ``(L, h, k)``: rows that combine the products W x into unit vectors.
+        informative: Shape ``(L, h)``: where ``images`` can be used. False for a matrix that
+            is zero or not finite, and in directions that it annihilates.
+    """
+
+    sigma: Tensor
+    best: Tensor
+    images: Tensor
+    informative: Tensor
+
+
+def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, dtype: torch.dtype) -> Ritz:
+    """Find the best vectors in the span of k vectors from their Gram matrices alone.
+
+    Args:
+        gram: Inner products of the vectors, shape ``(L, k, k)``, float64.
+        image_gram: Inner products of their images, likewise.
+        n_best: How many to find, h.
+        dtype: Of the vectors. Images that are small beside its rounding error are noise, and
+            those below its normal numbers cannot be made unit vectors.
+
+    Returns:
+        The factors, in float64.
+    """
+    info = torch.finfo(dtype)
+    if gram.shape[-1] == 1:
+        sigma = (image_gram / gram).sqrt()
+        informative = (sigma > info.tiny) & (sigma < math.inf)
+        images = torch.where(informative, sigma, 1).reciprocal()
+        return Ritz(sigma[..., 0], gram.rsqrt(), images, informative[:, 0])
+    if gram.shape[-1] == 2:
+        best = _better_of_two(gram, image_gram)
+    else:
+        best = _best_of_many(gram, image_gram, n_best)
+    # One, less what whitening took; near zero for directions that are noise, which stay short.
+    squares = _forms(gram, best).clamp_(min=1e-2)
+    values = _forms(image_gram, best).div_(squares)
+    best = best / squares.sqrt()[..., None]
+    # Whitening blows the rounding of the Gram matrices up by its inverse.
+    faintest = max((1e3 * info.eps) ** 2, 1e-9)
+    sigma = values.sqrt()
+    informative = (values > faintest * values[:, :1]) & (sigma > info.tiny)
+    images = best / sigma.masked_fill(~informative, 1)[..., None]
+    return Ritz(sigma, best, images, informative)
+
+
+def _best_of_many(gram: Tensor, image_gram: Tensor, n_best: int) -> Tensor:
+    """Return the best vectors of each span, orthonormal but for whitening: ``(L, n_best, k)``."""
+    # Negative, so that the largest come first; nothing of a matrix that is not finite.
+    negative = image_gram.neg().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    identity = _identity(gram)
+    cholesky, failed = torch.linalg.cholesky_ex(torch.add(gram, identity, alpha=_WHITENING))
+    if not failed.is_cpu or failed.any():  # then the vectors are taken as they are
+        cholesky = torch.where(failed[:, None, None] == 0, cholesky, identity)
+    whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+    _, vectors = symmetric_eigen(torch.bmm(torch.bmm(whitening, negative), whitening.mT))
+    return torch.bmm(vectors[..., :n_best].mT, whitening)
+
+
+def _better_of_two(gram: Tensor, image_gram: Tensor) -> Tensor:
+    """Return the same of two vectors, ``(L, 1, 2)``, written out, for the default has two.
+
+    It saves a tenth of a step on MobileNetV3, whose weights are small: 2.75 in place of 3.05
+    times weight decay (2 cores, medians of four alternating runs that vary by as much).
+
+    The second vector is made orthogonal to the first and both to unit vectors, which is the
+    Cholesky factor, and one rotation is Jacobi's method.
+    """
+    a, b, _, c = gram.flatten(1).unbind(1)
+    image_a, image_b, _, image_c = image_gram.flatten(1).unbind(1)
+    a = a + _WHITENING
+    shift = b / a
+    rest = c + _WHITENING - shift * b  # more than whitening, because b^2 is at most a c
+    image_rest = image_b - shift * image_a
+    length = rest.sqrt()
+    twice = 2 * image_rest / (a.sqrt() * length)
+    difference = image_a / a - (image_c - shift * (image_b + image_rest)) / rest
+    angle = (torch.atan2(twice, difference) / 2).nan_to_num_(0.0)  # of a matrix not finite
+    second = angle.sin() / length
+    return torch.stack([angle.cos() / a.sqrt() - shift * second, second], 1)[:, None]
+
+
+def _forms(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return x^T A x for each row x of ``(L, h, k)``, of its own A of ``(L, k, k)``."""
+    return torch.bmm(vectors, matrices).mul_(vectors).sum(-1)
+
+
+@cache
+def _eye(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(k, dtype=dtype, device=device)
+
+
+def _identity(like: Tensor) -> Tensor:
+    return _eye(like.shape[-1], like.dtype, like.device)
+
+
+def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors, in columns, of small matrices.
+
+    ``torch.linalg.eigh`` waits for a GPU to check that it converged. Elsewhere than on the
+    CPU this is Jacobi's method instead, which needs no check.
+    """
+    if matrices.device.type == "cpu":
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors
+    return jacobi(matrices)
+
+
+def jacobi(matrices: Tensor, sweeps: int = 6) -> tuple[Tensor, Tensor]:
+    """Diagonalize symmetric matrices by rotations in disjoint planes, without branches.
+
+    Args:
+        matrices: Shape ``(L, k, k)``.
+        sweeps: Rounds over all planes; the error is squared in each, so that six are enough
+            for any k of interest.
+
+    Returns:
+        Eigenvalues in ascending order, shape ``(L, k)``, and eigenvectors in columns.
+    """
+    k = matrices.shape[-1]
+    vectors = torch.eye(k, dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+    for _ in range(sweeps):
+        for p, q in _rounds(k, matrices.device):
+            difference = matrices[:, q, q] - matrices[:, p, p]
+            angle = torch.atan2(2 * matrices[:, p, q], difference) / 2
+            # The smaller of the two rotations that make the pair diagonal.
+            angle = angle - torch.round(angle / (math.pi / 2)) * (math.pi / 2)
+            rotation = torch.eye(k, dtype=matrices.dtype, device=matrices.device)
+            rotation = rotation.repeat(len(matrices), 1, 1)
+            rotation[:, p, p] = rotation[:, q, q] = angle.cos()
+            rotation[:, p, q] = angle.sin()
+            rotation[:, q, p] = -angle.sin()
+            matrices = rotation.mT @ matrices @ rotation
+            vectors = vectors @ rotation
+    values, order = matrices.diagonal(dim1=-2, dim2=-1).sort()
+    return values, vectors.gather(-1, order[:, None].expand_as(vectors))
+
+
+@cache
+def _rounds(k: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Return the rounds of a tournament of k: every pair once, disjoint in each round."""
+    players = list(range(k + k % 2))
+    rounds = []
+    half = len(players) // 2
+    for _ in range(len(players) - 1):
+        pairs = zip(players[:half], reversed(players[half:]), strict=True)
+        planes = [sorted(pair) for pair in pairs if max(pair) < k]
+        p, q = torch.tensor(planes, dtype=torch.long, device=device).view(-1, 2).unbind(1)
+        rounds.append((p, q))
+        players = [players[0], players[-1], *players[1:-1]]
+    return rounds

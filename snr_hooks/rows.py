@@ -1,0 +1,134 @@
+"""Vectors of many weights in one tensor, so that all are worked on at once."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """The vectors of weights on one side: the i-th of all weights in the i-th row of a tensor.
+
+    In a row the maps lie one after the other, each filled up with zeros, which change no inner
+    product, to a whole number of chunks. Inner products and combinations are computed chunk by
+    chunk, for all weights in one batch. The blocks of a weight that is several maps are L maps
+    among the others.
+
+    The first k - k // 2 vectors are images, the others are kept.
+
+    Args:
+        vectors: Shape ``(k, length)`` for each weight, ``(blocks, k, length)`` for one with
+            blocks; k is the same for all.
+    """
+
+    def __init__(self, vectors: Sequence[Tensor]) -> None:
+        self._shapes = [vector.shape for vector in vectors]
+        self.counts = [math.prod(shape[:-2]) for shape in self._shapes]
+        lengths = [shape[-1] for shape in self._shapes]
+        self._chunk = _chunk(lengths, self.counts)
+        self._chunks = [-(-length // self._chunk) for length in lengths]
+        counts = torch.tensor(self.counts, device=vectors[0].device)
+        chunks = torch.tensor(self._chunks, device=vectors[0].device)
+        self._chunks_of_maps = chunks.repeat_interleave(counts)
+        maps = torch.arange(sum(self.counts), device=vectors[0].device)
+        self._map_of_chunk = maps.repeat_interleave(self._chunks_of_maps)
+        n = self._chunk * len(self._map_of_chunk)
+        k = vectors[0].shape[-2]
+        self.tensor = vectors[0].new_zeros(k, n)
+        self.images, self.kept = self.tensor[: k - k // 2], self.tensor[k - k // 2 :]
+        self.each = self.parts(self.tensor)
+        """The vectors of each weight: views, in the order of the weights."""
+        for part, vector in zip(self.each, vectors, strict=True):
+            part.copy_(vector)
+
+    def parts(self, tensor: Tensor) -> list[Tensor]:
+        """Take a tensor apart that is laid out like this one's.
+
+        Args:
+            tensor: h rows.
+
+        Returns:
+            One view a weight, shape ``(h, length)``, or ``(blocks, h, length)``.
+        """
+        pairs = zip(self.counts, self._chunks, strict=True)
+        widths = [count * chunks * self._chunk for count, chunks in pairs]
+        parts = []
+        for part, shape in zip(torch.split(tensor, widths, dim=1), self._shapes, strict=True):
+            *batch, _, length = shape
+            blocks = part.view(len(tensor), *batch, -1).movedim(0, -2)
+            parts.append(blocks[..., :length])
+        return parts
+
+    def gram(self, tensor: Tensor) -> Tensor:
+        """Return the inner products of each map's vectors, float64, ``(L, k, k)``.
+
+        In float32 the Gram matrix of vectors that almost coincide would not be positive, and
+        squares of 1e20 would overflow.
+        """
+        k = len(tensor)
+        chunks = tensor.double().view(k, -1, self._chunk).transpose(0, 1)
+        products = torch.bmm(chunks, chunks.mT).view(-1, k * k)
+        # Not checked, for that would wait for a GPU.
+        sums = torch.segment_reduce(products, "sum", lengths=self._chunks_of_maps, unsafe=True)
+        return sums.view(-1, k, k)
+
+    def combine(self, factors: Tensor, vectors: Tensor, out: Tensor) -> None:
+        """Write linear combinations of the k vectors of each map.
+
+        Args:
+            factors: Shape ``(L, h, k)``.
+            vectors: Laid out like these.
+            out: h rows laid out like these; may be among the vectors.
+        """
+        factors = factors.to(vectors.dtype).index_select(0, self._map_of_chunk)
+        chunks = vectors.view(len(vectors), -1, self._chunk)
+        if len(out) == 1:  # bmm would take three to six times as long
+            combined = chunks[0] * factors[:, 0, :1]
+            for i in range(1, len(vectors)):
+                combined.addcmul_(chunks[i], factors[:, 0, i : i + 1])
+        else:
+            combined = torch.bmm(factors, chunks.transpose(0, 1)).transpose(0, 1)
+        out.view(len(out), -1, self._chunk).copy_(combined)
+
+    def fill(self, unknown: Tensor) -> None:
+        """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""
+        if unknown.is_cpu and not unknown.any():
+            return
+        h = unknown.shape[1]
+        mask = unknown.index_select(0, self._map_of_chunk).T[..., None]
+        vectors, fixed = (
+            tensor[:h].view(h, -1, self._chunk) for tensor in (self.images, self._fixed)
+        )
+        vectors.copy_(torch.where(mask, fixed, vectors))
+
+    @cached_property
+    def _fixed(self) -> Tensor:
+        """Unit vectors of signs, laid out like these; made only if they are needed."""
+        fixed = torch.zeros_like(self.tensor)
+        for part in self.parts(fixed):
+            k, n = part.shape[-2:]
+            part.copy_(signs(k, n).double() / math.sqrt(n))
+        return fixed
+
+
+def _chunk(lengths: Sequence[int], counts: Sequence[int]) -> int:
+    """Return the largest chunk, up to 128 entries, that adds no more than a quarter of zeros.
+
+    Large chunks are few, and large enough for BLAS.
+    """
+    maps = list(zip(lengths, counts, strict=True))
+    entries = sum(length * count for length, count in maps)
+
+    def padded(chunk: int) -> int:
+        return sum(-(-length // chunk) * chunk * count for length, count in maps)
+
+    chunks = (128, 64, 32, 16, 8, 4, 2, 1)
+    return next(chunk for chunk in chunks if padded(chunk) <= 1.25 * entries)
+
+
+def signs(k: int, n: int) -> Tensor:
+    """Return k rows of n signs without a pattern that a weight is likely to annihilate."""
+    multiples = torch.arange(1, k + 1)[:, None] * torch.arange(1, n + 1) * (math.sqrt(5) - 1) / 2
+    return torch.where(multiples.frac() < 0.5, 1.0, -1.0)
