@@ -84,6 +84,14 @@ def cycles(times: Sequence[float]) -> list[float]:
     return [statistics.mean(times[i : i + CYCLE]) for i in range(0, len(times), CYCLE)]
 
 
+def by_phase(values: Sequence[float]) -> float:
+    """Return the mean over the steps of a cycle of the median over cycles.
+
+    Single slow steps do not count, as they do in the mean of a cycle.
+    """
+    return statistics.mean(statistics.median(values[phase::CYCLE]) for phase in range(CYCLE))
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Return the median and the ends of the middle 80 percent."""
     values = sorted(values)
@@ -239,9 +247,9 @@ def whole_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
     for method in methods:
         added = [
             100 * (after - before) / base
-            for before, after in zip(cycles(times["none"]), cycles(times[method]), strict=True)
+            for before, after in zip(times["none"], times[method], strict=True)
         ]
-        found[method] = spread(added)
+        found[method] = spread(cycles(added)) | {"ratio": by_phase(added)}
     exact = measure({"": training_step(model, "penalty, exact SVD", size, batch)}, 1, warm_up=0)
     found["penalty, exact SVD"] = {"ratio": 100 * (exact[""][0] - base) / base}
     return found

@@ -25,21 +25,16 @@ from tqdm import tqdm
 from recipes import train
 from recipes.recipe import Recipe, RecipeError, read
 from recipes.report import draw_frontier, write_json
-from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS, Idle
+from recipes.settings import SETTINGS, Idle
 from snr_hooks import SNROptimizer, spectra
 
 EVERY = 5
 """Steps between two looks."""
 
 DRIVERS = [
-    ECONOMICAL,
-    "1 vector",
-    "1 vector, full iteration",
-    DEFAULT,
-    "3 vectors",
-    "4 vectors",
-    "8 vectors",
-    "16 vectors",
+    name
+    for name in SETTINGS
+    if name not in ("2 vectors, full iteration", "4 vectors, tolerance 0.001")
 ]
 """Settings that also drive a training of their own."""
 
@@ -106,7 +101,7 @@ def watch(
     return found, losses
 
 
-def drive(recipe: Recipe, setting: dict[str, Any]) -> tuple[list[list[float]], list[float]]:
+def drive(recipe: Recipe, setting: dict[str, Any]) -> tuple[list[list[float]], float, list[float]]:
     """Train with a setting's own term.
 
     Args:
@@ -114,17 +109,20 @@ def drive(recipe: Recipe, setting: dict[str, Any]) -> tuple[list[list[float]], l
         setting: Options of SNROptimizer.
 
     Returns:
-        For each look, the errors of all weights; the loss of each epoch.
+        For each look, the errors of all weights; how many products with a weight a step took; the
+        loss of each epoch.
     """
     training = train.build(with_options(recipe, setting))
+    optimizer = training.optimizer
     found = []
 
     def look(step: int) -> None:
         if step % EVERY == 0:
-            found.append(errors(training.optimizer.spectral_norms(), training.model))
+            found.append(errors(optimizer.spectral_norms(), training.model))
 
     losses = run(training, recipe, look)
-    return found, losses
+    n_steps = recipe.epochs * len(training.loaders.train)
+    return found, optimizer.n_products_taken / n_steps / len(optimizer.targets), losses
 
 
 def run(training: train.Training, recipe: Recipe, look: Callable[[int], None]) -> list[float]:
@@ -189,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_json(path, result, indent=1)
         for key in DRIVERS:
             if key not in result["driving"]:
-                looks, result["loss"][key] = drive(recipe, SETTINGS[key])
-                result["driving"][key] = summary(looks)
+                looks, products, result["loss"][key] = drive(recipe, SETTINGS[key])
+                result["driving"][key] = summary(looks) | {"products": products}
                 write_json(path, result, indent=1)
     results = {path.stem: json.loads(path.read_text()) for path in trainings(options.output)}
     text = table(results)
@@ -223,6 +221,17 @@ def table(results: dict[str, Any]) -> str:
             ]
             lines.append(f"| {training} | " + " | ".join(cells) + " |")
         lines.append("")
+    refined = [
+        key
+        for key in DRIVERS
+        if all("products" in r["driving"].get(key, {}) for r in results.values())
+    ]
+    lines += ["**products with a weight in a step, driving**", ""]
+    lines += ["| training | " + " | ".join(refined) + " |", "|---" * (len(refined) + 1) + "|"]
+    for training, result in results.items():
+        cells = [f"{result['driving'][name]['products']:.2f}" for name in refined]
+        lines.append(f"| {training} | " + " | ".join(cells) + " |")
+    lines.append("")
     names = [
         key for key in ["exact SVD", *DRIVERS] if all(key in r["loss"] for r in results.values())
     ]

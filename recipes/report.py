@@ -168,7 +168,8 @@ def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, An
         axis.set_ylabel("error of sigma, 95th percentile (%)")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.suptitle(
-        "filled: watching a training that an exact SVD regularizes; open: driving its own. "
+        "filled: watching a training that an exact SVD regularizes; open: driving its own; "
+        "the time is that of a step without further products. "
         f"The exact SVD itself: error 0 at {bench['exact_work'][model]:.0f} times weight decay"
     )
     figure.legend(handles, labels, loc="outside lower center", ncols=5)

@@ -1,5 +1,6 @@
 """The settings of SNROptimizer that the benchmark and the frontier compare."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,17 +8,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 ECONOMICAL = "1 vector, every 4th step"
-DEFAULT = "2 vectors (default)"
+DEFAULT = "3 vectors, tolerance 0.001 (default)"
 SETTINGS: dict[str, dict[str, Any]] = {
     ECONOMICAL: {"n_vectors": 1, "n_power_iterations": 0.125},
     "1 vector": {"n_vectors": 1},
     "1 vector, full iteration": {"n_vectors": 1, "n_power_iterations": 1},
+    "2 vectors": {"n_vectors": 2, "tolerance": math.inf},
+    "2 vectors, full iteration": {
+        "n_vectors": 2,
+        "n_power_iterations": 1,
+        "tolerance": math.inf,
+    },
+    "3 vectors": {"n_vectors": 3, "tolerance": math.inf},
+    "4 vectors": {"n_vectors": 4, "tolerance": math.inf},
+    "8 vectors": {"n_vectors": 8, "tolerance": math.inf},
+    "16 vectors": {"n_vectors": 16, "tolerance": math.inf},
     DEFAULT: {},
-    "2 vectors, full iteration": {"n_vectors": 2, "n_power_iterations": 1},
-    "3 vectors": {"n_vectors": 3},
-    "4 vectors": {"n_vectors": 4},
-    "8 vectors": {"n_vectors": 8},
-    "16 vectors": {"n_vectors": 16},
+    "4 vectors, tolerance 0.001": {"n_vectors": 4},
 }
 
 

@@ -87,6 +87,18 @@ def check_values(target: Target) -> None:
         )
 
 
+def checked_tolerance(value: object) -> float:
+    """Return a relative tolerance, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"expected tolerance to be a number, found {value!r}")
+    if not float(value) >= 0:
+        raise ValueError(
+            "expected tolerance to be at least 0, or math.inf for no further products, found "
+            f"{value!r}"
+        )
+    return float(value)
+
+
 def saved_state(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Tensor], int | None]:
     """Return vectors and number of steps of a state dict: none and None for a plain optimizer's."""
     for index, group in enumerate(state_dict["param_groups"]):

@@ -4,6 +4,7 @@ An estimator knows targets and their views, but no gradients, hooks or optimizer
 for all targets of a step at once.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 WARM_UP = 15
 """Power iterations the first time a weight is needed, when its vectors are still random."""
+
+MOST_REFINEMENTS = 8
+"""Pairs of products with a weight in a step beyond those that are taken anyway."""
 
 Vectors = Mapping[str, Tensor]
 """What is kept of a weight: ``left``, shape ``(l, m)``, and ``right``, shape ``(r, n)``."""
@@ -58,6 +62,10 @@ class Estimator(Protocol):
     def peek(self, targets: Sequence[Target]) -> list[Term]:
         """Return the terms that ``advance`` would return, and change nothing."""
 
+    @property
+    def n_products_taken(self) -> int:
+        """Products with a weight in all steps so far, for as long as this object exists."""
+
     def state_dict(self) -> dict[str, Vectors]:
         """Return, by parameter name, what a run needs to continue bitwise the same."""
 
@@ -77,6 +85,8 @@ class SubspaceIteration:
             iteration.
         n_vectors: Vectors a weight, at least 1. A matrix with fewer rows or columns has as
             many as that.
+        tolerance: Further pairs of products, ``MOST_REFINEMENTS`` at most, are taken with a weight
+            as long as they raise its sigma by more than this, relative to it.
         seed: Seed of the starting vectors.
         vectors: Vectors to continue from, by parameter name.
     """
@@ -85,16 +95,20 @@ class SubspaceIteration:
         self,
         n_products: int,
         n_vectors: int,
+        tolerance: float,
         seed: int,
         vectors: Mapping[str, Vectors] | None = None,
     ) -> None:
         self.n_products = n_products
         self.n_vectors = n_vectors
+        self.tolerance = tolerance
         self.seed = seed
         # Of the weights that are in no batch.
         self._vectors = dict(vectors or {})
         self._versions: dict[str, object] = {}
         """What the vectors were made for, of the views that have versions."""
+        self.n_products_taken = 0
+        """Products with a weight in all steps so far, for as long as this object exists."""
         self._batches: list[_Batch] = []
         self._arrangement: list[_Place] = []
 
@@ -109,13 +123,19 @@ class SubspaceIteration:
             self._versions |= {target.name: target.view.version for target in iterated}
             batched = {target.name for target in iterated}
             self._vectors = {name: pair for name, pair in vectors.items() if name not in batched}
-        return self._with_exact(targets, _iterated(self._batches, self.n_products))
+        before = sum(batch.n_products for batch in self._batches)
+        terms = self._iterated(self._batches)
+        self.n_products_taken += sum(batch.n_products for batch in self._batches) - before
+        return self._with_exact(targets, terms)
 
     def peek(self, targets: Sequence[Target]) -> list[Term]:
         """Return the terms that ``advance`` would return, and change nothing."""
         iterated = [target for target in targets if not self._is_thin(target)]
         batches = _batches(iterated, self._by_name(iterated))
-        return self._with_exact(targets, _iterated(batches, self.n_products))
+        return self._with_exact(targets, self._iterated(batches))
+
+    def _iterated(self, batches: "Sequence[_Batch]") -> list[Term]:
+        return _iterated(batches, self.n_products, self.tolerance)
 
     def _n_vectors(self, target: Target) -> int:
         """Return how many vectors each map of a weight has, half of them for singular values."""
@@ -145,7 +165,10 @@ class SubspaceIteration:
     def __repr__(self) -> str:
         products = f"{self.n_products} product{'s'[: self.n_products > 1]}"
         vectors = f"{self.n_vectors} vector{'s'[: self.n_vectors > 1]}"
-        return f"subspace iteration, {products} with {vectors} a step"
+        return (
+            f"subspace iteration, {products} with {vectors} a step, more while they raise sigma "
+            f"by over {self.tolerance:g}"
+        )
 
     def state_dict(self) -> dict[str, Vectors]:
         """Return the vectors of each weight needed so far, and the size of inputs if it matters."""
@@ -184,7 +207,7 @@ class SubspaceIteration:
                 "iteration starts afresh for weights without vectors",
                 stacklevel=3,
             )
-        restored = type(self)(self.n_products, self.n_vectors, self.seed, known)
+        restored = type(self)(self.n_products, self.n_vectors, self.tolerance, self.seed, known)
         restored._versions = {name: by_name[name].view.version for name in known}
         return restored
 
@@ -264,6 +287,11 @@ class Held:
             return self.estimator.peek(targets)
         return [self._terms[target.name] for target in targets]
 
+    @property
+    def n_products_taken(self) -> int:
+        """Products with a weight in all steps so far, for as long as the estimator exists."""
+        return self.estimator.n_products_taken
+
     def _is_due(self, targets: Sequence[Target]) -> bool:
         if self._age % self.n_steps == 0:
             return True
@@ -317,6 +345,8 @@ class Held:
 
 class ExactSVD:
     """The top triplet of ``torch.linalg.svd`` in float64: slow, exact, without state."""
+
+    n_products_taken = 0
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the exact terms."""
@@ -380,6 +410,8 @@ class _Batch:
 
         self._subspaces = Subspaces(rows("right"), rows("left"), next_is_right=right)
         self._n_kept = k // 2
+        self.n_products = 0
+        """How many products with one of these weights were taken."""
         self._products = {True: self._prepared(members, right=True)}
         self._products[False] = self._prepared(members, right=False)
         self._plain = [_is_plain(target) for target in members]
@@ -411,19 +443,50 @@ class _Batch:
             for target, vectors, out in zip(members, rows, outs, strict=True)
         ]
 
-    def multiply(self) -> "Iterator[tuple[ProcessGroup, Tensor]]":
-        """Take one product with each weight; return what is to be added up over processes."""
+    def multiply(
+        self, weights: Sequence[int] | None = None
+    ) -> "Iterator[tuple[ProcessGroup, Tensor]]":
+        """Take one product with each weight, or with some.
+
+        Returns:
+            What is to be added up over processes.
+        """
         right = self._subspaces.next_is_right
         self._subspaces.reserve()
-        for product in self._products[right]:
+        products = self._products[right]
+        if weights is not None:
+            products = [products[index] for index in weights]
+        for product in products:
             product()
+        self.n_products += len(products)
         _, outs = self._subspaces.multiplied(right=right)
         return ((group, outs[index]) for index, group in self._sharded)
 
-    def step(self) -> Iterator[Term]:
-        """Find the terms, once the products have been computed."""
-        right = self._subspaces.next_is_right
-        sigmas = self._sigmas(self._subspaces.step())
+    def step(self) -> None:
+        """Find the best vectors, once the products have been computed."""
+        self._subspaces.step()
+
+    def refine(self, tolerance: float) -> None:
+        """Take two products more with the weights whose sigma the last ones raised, and so on.
+
+        Not where looking would wait for an accelerator, nor for shards, whose processes might
+        decide differently and then wait for each other. A single vector tells nothing: it is all
+        that a product finds.
+        """
+        if self.device.type != "cpu" or self._sharded or not self._n_kept:
+            return
+        for _ in range(MOST_REFINEMENTS):
+            rising = self._subspaces.rising(tolerance)
+            if not rising:
+                return
+            for _ in range(2):
+                self.multiply(rising)
+                self._subspaces.step(rising)
+
+    def terms(self) -> Iterator[Term]:
+        """Return the terms that the last step found."""
+        right = not self._subspaces.next_is_right
+        sigmas = self._sigmas(self._subspaces.sigma)
         return map(Term, sigmas, *self._pairs[right], self._adders[right])
 
     def _sigmas(self, sigma: Tensor) -> Iterator[float | Tensor]:
@@ -456,7 +519,9 @@ class _Batch:
 
 
 @torch.no_grad()
-def _iterated(batches: "Sequence[_Batch]", n_products: int) -> list[Term]:
+def _iterated(
+    batches: "Sequence[_Batch]", n_products: int, tolerance: float = math.inf
+) -> list[Term]:
     """Take some products with each weight and return the last terms, by target."""
     terms: dict[int, Term] = {}
     with ExitStack() as stack:
@@ -464,9 +529,12 @@ def _iterated(batches: "Sequence[_Batch]", n_products: int) -> list[Term]:
             stack.enter_context(_without_autocast(device_type))
         for _ in range(n_products):
             add_up([part for batch in batches for part in batch.multiply()])
-            found = [batch.step() for batch in batches]
-    for batch, batch_terms in zip(batches, found, strict=True):
-        terms.update(zip(batch.indices, batch_terms, strict=True))
+            for batch in batches:
+                batch.step()
+        for batch in batches:
+            batch.refine(tolerance)
+    for batch in batches:
+        terms.update(zip(batch.indices, batch.terms(), strict=True))
     return [terms[index] for index in range(len(terms))]
 
 

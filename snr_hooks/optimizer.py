@@ -19,6 +19,7 @@ from snr_hooks.checks import (
     check_values,
     checked_int,
     checked_products,
+    checked_tolerance,
     learning_rate,
     nothing_to_regularize,
     saved_state,
@@ -79,6 +80,10 @@ class SNROptimizer(Optimizer):
             weight; multiples of 0.5 take more. 0.5 / k takes one every k steps and uses sigma, u
             and v for all of them: cheaper, and up to k - 1 steps late.
         n_vectors: Vectors per weight. More are more accurate and take more time and memory.
+        tolerance: A weight gets further products in a step as long as two of them raise its sigma
+            by more than this, relative to it: hardly ever with SGD, often with Adam at large
+            learning rates. ``math.inf`` for none. It takes two vectors or more, and has no effect
+            on accelerators, where it would wait for the device, and on sharded weights.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
             term is scaled with the loss, so that unscaling restores lambda. A deep copy of
@@ -114,7 +119,8 @@ class SNROptimizer(Optimizer):
         choose: Choose = None,
         decoupled: bool = False,
         n_power_iterations: float = 0.5,
-        n_vectors: int = 2,
+        n_vectors: int = 3,
+        tolerance: float = 1e-3,
         exact: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,
@@ -129,13 +135,14 @@ class SNROptimizer(Optimizer):
                 learning_rate(group)
         n_products, n_steps = checked_products(n_power_iterations)
         n_vectors = checked_int(n_vectors, "n_vectors", at_least=1)
+        tolerance = checked_tolerance(tolerance)
         seed = checked_int(seed, "seed", at_least=0)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(
                 f"expected scaler to be a torch.amp.GradScaler, found {type(scaler).__name__}: "
                 "if it wraps one, as timm's NativeScaler does, pass the inner one"
             )
-        estimator: Estimator = SubspaceIteration(n_products, n_vectors, seed)
+        estimator: Estimator = SubspaceIteration(n_products, n_vectors, tolerance, seed)
         if exact:
             estimator = ExactSVD()
         elif n_steps > 1:
@@ -334,6 +341,15 @@ class SNROptimizer(Optimizer):
             target.name: float(torch.as_tensor(term.sigma, dtype=torch.float64).max())
             for target, term in zip(self.targets, terms, strict=True)
         }
+
+    @property
+    def n_products_taken(self) -> int:
+        """How many products with a weight, W V or W^T U, the steps have taken.
+
+        Over the number of steps and of targets it says what ``tolerance`` costs in a training. It
+        counts from the construction, or from the last ``load_state_dict()``, without the warm-up.
+        """
+        return self._term.estimator.n_products_taken
 
     def remove(self) -> None:
         """Take the hooks off the model; from here on only the wrapped optimizer acts.

@@ -3,9 +3,24 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Chunks(NamedTuple):
+    """The chunks of all maps, or of some.
+
+    Attributes:
+        numbers: Which they are among all chunks; None for all.
+        owners: For each of them, which of these maps it belongs to.
+        lengths: How many each of these maps has.
+    """
+
+    numbers: Tensor | None
+    owners: Tensor
+    lengths: Tensor
 
 
 class Rows:
@@ -31,10 +46,11 @@ class Rows:
         self._chunks = [-(-length // self._chunk) for length in lengths]
         counts = torch.tensor(self.counts, device=vectors[0].device)
         chunks = torch.tensor(self._chunks, device=vectors[0].device)
-        self._chunks_of_maps = chunks.repeat_interleave(counts)
+        lengths_in_chunks = chunks.repeat_interleave(counts)
         maps = torch.arange(sum(self.counts), device=vectors[0].device)
-        self._map_of_chunk = maps.repeat_interleave(self._chunks_of_maps)
-        n = self._chunk * len(self._map_of_chunk)
+        owners = maps.repeat_interleave(lengths_in_chunks)
+        self.all = Chunks(None, owners, lengths_in_chunks)
+        n = self._chunk * len(owners)
         k = vectors[0].shape[-2]
         self.tensor = vectors[0].new_zeros(k, n)
         self.images, self.kept = self.tensor[: k - k // 2], self.tensor[k - k // 2 :]
@@ -61,47 +77,69 @@ class Rows:
             parts.append(blocks[..., :length])
         return parts
 
-    def gram(self, tensor: Tensor) -> Tensor:
+    def some(self, maps: Tensor) -> Chunks:
+        """Return the chunks of some maps, whose numbers are given in ascending order."""
+        chosen = torch.zeros_like(self.all.lengths, dtype=torch.bool).index_fill_(0, maps, True)
+        numbers = chosen.index_select(0, self.all.owners).nonzero()[:, 0]
+        places = chosen.cumsum(0) - 1
+        owners = places.index_select(0, self.all.owners.index_select(0, numbers))
+        return Chunks(numbers, owners, self.all.lengths.index_select(0, maps))
+
+    def gram(self, tensor: Tensor, of: Chunks) -> Tensor:
         """Return the inner products of each map's vectors, float64, ``(L, k, k)``.
 
         In float32 the Gram matrix of vectors that almost coincide would not be positive, and
         squares of 1e20 would overflow.
+
+        Args:
+            tensor: k vectors, laid out like these.
+            of: Of which maps.
         """
         k = len(tensor)
-        chunks = tensor.double().view(k, -1, self._chunk).transpose(0, 1)
+        chunks = self._cut(tensor, of).double().transpose(0, 1)
         products = torch.bmm(chunks, chunks.mT).view(-1, k * k)
         # Not checked, for that would wait for a GPU.
-        sums = torch.segment_reduce(products, "sum", lengths=self._chunks_of_maps, unsafe=True)
+        sums = torch.segment_reduce(products, "sum", lengths=of.lengths, unsafe=True)
         return sums.view(-1, k, k)
 
-    def combine(self, factors: Tensor, vectors: Tensor, out: Tensor) -> None:
+    def combine(self, factors: Tensor, vectors: Tensor, out: Tensor, of: Chunks) -> None:
         """Write linear combinations of the k vectors of each map.
 
         Args:
             factors: Shape ``(L, h, k)``.
             vectors: Laid out like these.
             out: h rows laid out like these; may be among the vectors.
+            of: Of which maps; the others are left alone.
         """
-        factors = factors.to(vectors.dtype).index_select(0, self._map_of_chunk)
-        chunks = vectors.view(len(vectors), -1, self._chunk)
+        factors = factors.to(vectors.dtype).index_select(0, of.owners)
+        chunks = self._cut(vectors, of)
         if len(out) == 1:  # bmm would take three to six times as long
-            combined = chunks[0] * factors[:, 0, :1]
+            combined = chunks[:1] * factors[:, 0, :1]
             for i in range(1, len(vectors)):
-                combined.addcmul_(chunks[i], factors[:, 0, i : i + 1])
+                combined.addcmul_(chunks[i : i + 1], factors[:, 0, i : i + 1])
         else:
             combined = torch.bmm(factors, chunks.transpose(0, 1)).transpose(0, 1)
-        out.view(len(out), -1, self._chunk).copy_(combined)
+        self._put(combined, out, of)
 
-    def fill(self, unknown: Tensor) -> None:
+    def fill(self, unknown: Tensor, of: Chunks) -> None:
         """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""
         if unknown.is_cpu and not unknown.any():
             return
         h = unknown.shape[1]
-        mask = unknown.index_select(0, self._map_of_chunk).T[..., None]
-        vectors, fixed = (
-            tensor[:h].view(h, -1, self._chunk) for tensor in (self.images, self._fixed)
-        )
-        vectors.copy_(torch.where(mask, fixed, vectors))
+        mask = unknown.index_select(0, of.owners).T[..., None]
+        vectors, fixed = (self._cut(tensor[:h], of) for tensor in (self.images, self._fixed))
+        self._put(torch.where(mask, fixed, vectors), self.images[:h], of)
+
+    def _cut(self, tensor: Tensor, of: Chunks) -> Tensor:
+        chunks = tensor.view(len(tensor), -1, self._chunk)
+        return chunks if of.numbers is None else chunks.index_select(1, of.numbers)
+
+    def _put(self, chunks: Tensor, out: Tensor, of: Chunks) -> None:
+        places = out.view(len(out), -1, self._chunk)
+        if of.numbers is None:
+            places.copy_(chunks)
+        else:
+            places.index_copy_(1, of.numbers, chunks)
 
     @cached_property
     def _fixed(self) -> Tensor:

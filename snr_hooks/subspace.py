@@ -13,10 +13,15 @@ are the best vectors of this side from two steps ago. The span of both holds the
 which the singular vectors move while W is trained, and the conjugate direction that makes
 LOBPCG (A. Knyazev, SIAM J. Sci. Comput. 23, 2001) faster than the power method.
 
+One product is enough where a weight moves little, as most do with SGD. Where it moves far, or a
+direction that none of the vectors sees becomes the largest, the next products raise sigma, and so
+tell that it was too low. ``rising`` says of which weights; two more steps of these alone follow,
+on either side, until they raise it no more.
+
 The module knows no layers. The vectors of all matrices lie in one tensor a side, and the small
 matrices of the Rayleigh-Ritz step are worked on for all weights at once: apart from the
 products themselves, the number of kernels a step does not depend on the number of weights.
-Nothing waits for the device.
+Nothing but ``rising`` waits for the device.
 """
 
 import hashlib
@@ -54,7 +59,14 @@ class Subspaces:
             True: self.left.parts(self._room.like_first),
             False: self.right.parts(self._room.like_second),
         }
+        device = self.right.tensor.device
+        counts = torch.tensor(self.right.counts, device=device)
+        self._weights = torch.arange(len(counts), device=device).repeat_interleave(counts)
         k = len(self.right.tensor)
+        self.sigma = self.right.tensor.new_zeros(len(self._weights), k // 2 or 1).double()
+        """Lower bounds of the largest singular values that the last step of each map found, in
+        descending order, shape ``(L, r)``."""
+        self._before = self.sigma[:, 0]
         # A single vector is the best there is.
         images, best = slice(0, k // 2 or 1), slice(k - k // 2 if k > 1 else 0, None)
         self.pairs = {
@@ -80,27 +92,47 @@ class Subspaces:
         """Make room for products, all zero."""
         self._room.reserve()
 
-    def step(self) -> Tensor:
+    def step(self, weights: Sequence[int] | None = None) -> None:
         """Find the best unit vector of this side, once the products have been computed.
 
-        Returns:
-            sigma of each map, shape ``(L, r)``, float64: lower bounds of the largest singular
-            values, in descending order.
+        Args:
+            weights: Of these weights alone, in ascending order. The others stay as they are, and
+                two such steps bring all to the same side again.
         """
         right = self.next_is_right
         here, there = (self.right, self.left) if right else (self.left, self.right)
         products = self._room.like_first if right else self._room.like_second
+        maps, of_here, of_there = None, here.all, there.all
+        if weights is not None:
+            maps = torch.isin(self._weights, torch.tensor(weights)).nonzero()[:, 0]
+            of_here, of_there = here.some(maps), there.some(maps)
         k = len(here.tensor)
-        image_gram = there.gram(products)
-        gram = here.gram(here.tensor) if k > 1 else torch.ones_like(image_gram)
+        image_gram = there.gram(products, of_there)
+        gram = here.gram(here.tensor, of_here) if k > 1 else torch.ones_like(image_gram)
         ritz = rayleigh_ritz(gram, image_gram, k - k // 2, here.tensor.dtype)
         if k > 1:
-            here.combine(ritz.best[:, : k // 2], here.tensor, here.kept)
-        there.combine(ritz.images, products, there.images)
+            here.combine(ritz.best[:, : k // 2], here.tensor, here.kept, of_here)
+        there.combine(ritz.images, products, there.images, of_there)
         self._room.release()
-        there.fill(~ritz.informative)
+        there.fill(~ritz.informative, of_there)
         self.next_is_right = not right
-        return ritz.sigma[:, : k // 2 or 1]
+        sigma = ritz.sigma[:, : k // 2 or 1]
+        if maps is None:
+            self.sigma = sigma
+            self._before = (image_gram[:, 0, 0] / gram[:, 0, 0]).sqrt()  # of the first vector
+        else:
+            self.sigma = self.sigma.index_copy(0, maps, sigma)
+
+    def rising(self, tolerance: float) -> list[int]:
+        """Return the weights whose sigma has risen by more than a tolerance, relative to it.
+
+        At first it is what the step found in place of the sigma that the best vector of the step
+        before has by now; later what has changed since the last call. Reads the figures, for
+        which an accelerator would have to be waited.
+        """
+        risen = self.sigma[:, 0] > (1 + tolerance) * self._before
+        self._before = self.sigma[:, 0]
+        return sorted(set(self._weights[risen].tolist())) if risen.any() else []
 
 
 class _Room:

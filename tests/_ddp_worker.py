@@ -5,7 +5,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from _launch import batches, differs_between_ranks, mine, work
+from _launch import STEADY, batches, differs_between_ranks, mine, work
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.join import Join
@@ -98,12 +98,14 @@ def trajectories(folder):
         "zero": (plain_loop, {}, lambda parameters: zero(parameters)),
         "operators": (plain_loop, {}, sgd),
         "decoupled": (accumulating_loop, {}, sgd),
+        "default": (plain_loop, {}, sgd),
     }
     wrapping = {"operators": {"choose": "operator"}, "decoupled": {"decoupled": True}}
+    wrapping = {name: STEADY | wrapping.get(name, {}) for name in cases} | {"default": {}}
     found = {}
     for name, (loop, options, make) in cases.items():
         reference, unregularized = network(), network()
-        how = wrapping.get(name, {})
+        how = wrapping[name]
         base = sgd(reference.parameters())
         loop(reference, SNROptimizer(base, reference, LAMBDA, **how), 50, whole)
         loop(unregularized, sgd(unregularized.parameters()), 50, whole)
@@ -133,8 +135,9 @@ def zero(parameters):
 def wrapped_first(folder):
     """Wrapping the optimizer before DDP."""
     reference, model = network(), network()
-    plain_loop(reference, SNROptimizer(sgd(reference.parameters()), reference, LAMBDA), 20, whole)
-    opt = SNROptimizer(sgd(model.parameters()), model, LAMBDA)
+    base = sgd(reference.parameters())
+    plain_loop(reference, SNROptimizer(base, reference, LAMBDA, **STEADY), 20, whole)
+    opt = SNROptimizer(sgd(model.parameters()), model, LAMBDA, **STEADY)
     plain_loop(DistributedDataParallel(model), opt, 20, mine)
     return {"from_reference": distance(model, reference)}
 

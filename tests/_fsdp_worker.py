@@ -5,7 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from _launch import batches, differs_between_ranks, mine, work
+from _launch import STEADY, batches, differs_between_ranks, mine, work
 from _oracles import exact_terms
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -98,7 +98,7 @@ def trajectories(folder):
     }
     for name, (make, options, loop) in cases.items():
         reference, plain, sharded = network(), network(), shard(network())
-        options = {"lambda_": LAMBDA} | options
+        options = {"lambda_": LAMBDA} | STEADY | options
         train(reference, SNROptimizer(make(reference), reference, **options), 20, **loop)
         train(plain, make(plain), 20, **loop)
         opt = SNROptimizer(make(sharded), sharded, **options)
@@ -117,7 +117,7 @@ def layouts(folder):
     found = {}
     n = dist.get_world_size()
     reference = network()
-    train(reference, SNROptimizer(sgd(reference), reference, LAMBDA), 20)
+    train(reference, SNROptimizer(sgd(reference), reference, LAMBDA, **STEADY), 20)
 
     def along_columns(parameter):
         even = parameter.ndim > 1 and parameter.shape[1] % n == 0
@@ -128,7 +128,7 @@ def layouts(folder):
         cases["replicated"] = {"mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s"))}
     for name, options in cases.items():
         sharded = shard(network(), **options)
-        train(sharded, SNROptimizer(sgd(sharded), sharded, LAMBDA), 20, part=mine)
+        train(sharded, SNROptimizer(sgd(sharded), sharded, LAMBDA, **STEADY), 20, part=mine)
         placements = {str(p.placements) for p in sharded.parameters()}
         found[name] = {
             "from_reference": distance(sharded, reference),
@@ -177,7 +177,7 @@ def accumulation(folder):
     """Micro-batches without communication, and a reset of gradients without a step."""
     reference, sharded = network(), shard(network())
     SNROptimizer(sgd(reference), reference, LAMBDA)
-    opts = [SNROptimizer(sgd(model), model, LAMBDA) for model in (reference, sharded)]
+    opts = [SNROptimizer(sgd(model), model, LAMBDA, **STEADY) for model in (reference, sharded)]
     for step, x in zip(range(10), batches(), strict=False):
         for model, opt, part in zip((reference, sharded), opts, (lambda x: x, mine), strict=True):
             opt.zero_grad()
@@ -220,9 +220,9 @@ def communication(folder):
                     )
             steps.append(calls)
         found[name] = steps
-    lengths = [target.view.shape(target.parameter) for target in opt.targets]
-    found["outputs"] = sum(m for m, _ in lengths)
-    found["inputs"] = sum(n for _, n in lengths)
+    shapes = [target.view.shape(target.parameter) for target in opt.targets]
+    found["outputs"] = sum(min(3, m, n) * m for m, n in shapes)
+    found["inputs"] = sum(min(3, m, n) * n for m, n in shapes)
     found["smallest_weight"] = min(t.parameter.numel() for t in opt.targets)
     return found
 
@@ -230,8 +230,8 @@ def communication(folder):
 def norms(folder):
     """Estimates and the audit of a sharded model, beside those of a whole one."""
     model, whole = shard(network()), network()
-    opt = SNROptimizer(sgd(model), model, LAMBDA)
-    other = SNROptimizer(sgd(whole), whole, LAMBDA)
+    opt = SNROptimizer(sgd(model), model, LAMBDA, **STEADY)
+    other = SNROptimizer(sgd(whole), whole, LAMBDA, **STEADY)
     ours, theirs = opt.spectral_norms(), other.spectral_norms()
     return {
         "difference": max(abs(ours[name] - theirs[name]) for name in theirs),
@@ -278,9 +278,9 @@ def after_an_evaluation(folder):
     model, whole = shard(network()), network()
     base = sgd(model)
     evaluate(model)
-    opt = SNROptimizer(base, model, LAMBDA)
+    opt = SNROptimizer(base, model, LAMBDA, **STEADY)
     found["targets"] = [target.name for target in opt.targets]
-    train(whole, SNROptimizer(sgd(whole), whole, LAMBDA), 5)
+    train(whole, SNROptimizer(sgd(whole), whole, LAMBDA, **STEADY), 5)
     train(model, opt, 5, part=mine)
     found["from_reference"] = distance(model, whole)
     opt.zero_grad()
@@ -319,7 +319,7 @@ def checkpoints(folder):
     """Save after 5 steps of 10; the launch with four processes loads what two have saved."""
     path, beside = folder.parent / "checkpoint", folder.parent / "snr_hooks.pt"
     model = shard(network())
-    opt = SNROptimizer(adamw(model), model, LAMBDA)
+    opt = SNROptimizer(adamw(model), model, LAMBDA, **STEADY)
     if dist.get_world_size() == 2:
         train(model, opt, 5, part=mine)
         weights, states = get_state_dict(model, opt)
@@ -333,7 +333,7 @@ def checkpoints(folder):
         opt.load_state_dict(opt.state_dict() | {"snr_hooks": torch.load(beside)})
     train(model, opt, 10, first=5, part=mine)
     reference = network()
-    train(reference, SNROptimizer(adamw(reference), reference, LAMBDA), 10)
+    train(reference, SNROptimizer(adamw(reference), reference, LAMBDA, **STEADY), 10)
     return distance(model, reference)
 
 

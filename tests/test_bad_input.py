@@ -75,6 +75,16 @@ def test_bad_number_of_vectors(value, error):
         SNROptimizer(sgd(model), model, n_vectors=value)
 
 
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(-1e-3, ValueError), (math.nan, ValueError), ("0", TypeError), (True, TypeError)],
+)
+def test_bad_tolerance(value, error):
+    model = build("mlp")
+    with pytest.raises(error, match="expected tolerance to be a"):
+        SNROptimizer(sgd(model), model, tolerance=value)
+
+
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("0", TypeError)])
 def test_bad_seed(value, error):
     model = build("mlp")
@@ -256,23 +266,23 @@ def test_a_parameter_that_was_replaced_stops_the_step(replace):
 
 
 def good_pair():
-    return {"left": torch.eye(8)[:1], "right": torch.eye(6)[:2]}
+    return {"left": torch.eye(8)[:1], "right": torch.eye(6)[:3]}
 
 
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        (torch.ones(6), r"\(1, 8\) and \(2, 6\), or \(2, 8\) and \(1, 6\), found a Tensor"),
-        (good_pair() | {"right": torch.ones(2, 5)}, r"found \(1, 8\) and \(2, 5\)"),
+        (torch.ones(6), r"\(1, 8\) and \(3, 6\), or \(3, 8\) and \(1, 6\), found a Tensor"),
+        (good_pair() | {"right": torch.ones(3, 5)}, r"found \(1, 8\) and \(3, 5\)"),
         (good_pair() | {"right": torch.ones(4, 6)}, r"found \(1, 8\) and \(4, 6\)"),
-        (good_pair() | {"left": torch.ones(2, 8)}, r"found \(2, 8\) and \(2, 6\)"),
+        (good_pair() | {"left": torch.ones(3, 8)}, r"found \(3, 8\) and \(3, 6\)"),
         (good_pair() | {"left": torch.zeros(1, 8)}, "zero or not finite"),
-        (good_pair() | {"right": torch.ones(2, 6).tril(-6)}, "zero or not finite"),
-        (good_pair() | {"right": torch.tensor([[1.0] * 6, [0.0] * 6])}, "zero or not finite"),
-        (good_pair() | {"right": torch.full((2, 6), math.nan)}, "zero or not finite"),
-        (good_pair() | {"right": 101 * torch.eye(6)[:2]}, "lengths of 1.0 to 101.0, which are no"),
-        (good_pair() | {"right": [[1.0] * 6] * 2}, "found no tensors"),
-        ({"right": torch.eye(6)[:2]}, "found a dict"),
+        (good_pair() | {"right": torch.ones(3, 6).tril(-6)}, "zero or not finite"),
+        (good_pair() | {"right": torch.tensor([[1.0] * 6] * 2 + [[0.0] * 6])}, "zero or not"),
+        (good_pair() | {"right": torch.full((3, 6), math.nan)}, "zero or not finite"),
+        (good_pair() | {"right": 101 * torch.eye(6)[:3]}, "lengths of 1.0 to 101.0, which are no"),
+        (good_pair() | {"right": [[1.0] * 6] * 3}, "found no tensors"),
+        ({"right": torch.eye(6)[:3]}, "found a dict"),
     ],
 )
 def test_a_state_dict_with_bad_vectors_changes_nothing(vectors, message):

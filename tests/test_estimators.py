@@ -1,6 +1,7 @@
 """What an estimator is asked for, and when: one product a step, for all weights at once."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -9,7 +10,15 @@ from _models import build
 from torch import nn
 
 from snr_hooks import SNROptimizer, audit, discover
-from snr_hooks.estimators import ExactSVD, Held, SubspaceIteration
+from snr_hooks.estimators import (
+    MOST_REFINEMENTS,
+    WARM_UP,
+    ExactSVD,
+    Held,
+    SubspaceIteration,
+    _Batch,
+)
+from snr_hooks.subspace import Subspaces, starting_vectors
 from snr_hooks.views import MatrixView
 
 LAMBDA = 0.05
@@ -55,7 +64,7 @@ def sides(monkeypatch):
 )
 def test_products_in_a_step(sides, options, expected):
     model = build("mlp")  # two weights
-    opt = SNROptimizer(sgd(model), model, LAMBDA, **options)
+    opt = SNROptimizer(sgd(model), model, LAMBDA, tolerance=math.inf, **options)
     train(model, opt, 1)
     steps = ["".join(sides[60:])]  # after the warm-up: 30 products with each
     for _ in range(4):
@@ -147,7 +156,11 @@ def test_looking_changes_nothing():
 
 @pytest.mark.parametrize(
     "estimator",
-    [SubspaceIteration(1, 2, 0), ExactSVD(), Held(SubspaceIteration(1, 2, 0), 3)],
+    [
+        SubspaceIteration(1, 2, math.inf, 0),
+        ExactSVD(),
+        Held(SubspaceIteration(1, 2, math.inf, 0), 3),
+    ],
     ids=repr,
 )
 def test_what_is_peeked_at_is_what_comes(estimator):
@@ -162,7 +175,7 @@ def test_what_is_peeked_at_is_what_comes(estimator):
 
 def test_weights_that_come_and_go_keep_their_vectors():
     targets = discover(build("convolutions")).targets
-    estimator = SubspaceIteration(1, 2, 0)
+    estimator = SubspaceIteration(1, 2, math.inf, 0)
     for _ in range(4):
         estimator.advance(targets)
     before = estimator.state_dict()
@@ -183,7 +196,7 @@ def test_weights_that_come_and_go_keep_their_vectors():
 
 def test_weights_that_join_later_join_the_side_of_the_others():
     targets = discover(build("convolutions")).targets
-    estimator = SubspaceIteration(1, 2, 0)
+    estimator = SubspaceIteration(1, 2, math.inf, 0)
     estimator.advance(targets[:1])
     estimator.advance(targets)
     assert len(estimator._batches) == 1
@@ -369,3 +382,162 @@ def test_a_weight_transposed_in_place_is_followed():
     torch.testing.assert_close(
         layer.weight.grad, s[0] * torch.outer(u[:, 0], vh[0]), rtol=1e-2, atol=1e-3
     )
+
+
+# --- further products for weights whose sigma rises ---
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """The numbers of the weights that were multiplied, product after product."""
+    found = []
+    multiply = _Batch.multiply
+
+    def recording(batch, weights=None):
+        found.append(list(range(len(batch.indices))) if weights is None else list(weights))
+        return multiply(batch, weights)
+
+    monkeypatch.setattr(_Batch, "multiply", recording)
+    return found
+
+
+def moving(drifts, generator):
+    """Weights that move by their drift, relative to themselves, at every call."""
+    layers = nn.ModuleList(
+        nn.Linear(n, m, bias=False, dtype=torch.float64)
+        for m, n in ((30, 50), (40, 25), (24, 200), (25, 25))
+    )
+
+    @torch.no_grad()
+    def move():
+        for layer, drift in zip(layers, drifts, strict=True):
+            noise = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float64)
+            layer.weight += drift * layer.weight.std() * noise
+
+    return layers, move
+
+
+class Alone:
+    """The vectors of one weight, refined by the rule in plain words."""
+
+    def __init__(self, name, weight, k):
+        m, n = weight.shape
+        kept = starting_vectors(k // 2, m, 0, f"left of {name}")
+        left = torch.cat([kept.new_zeros(k - k // 2, m), kept])
+        right = starting_vectors(k, n, 0, name)
+        self.subspaces = Subspaces([right], [left], next_is_right=True)
+
+    def step(self, weight):
+        right = self.subspaces.next_is_right
+        self.subspaces.reserve()
+        [vectors], [out] = self.subspaces.multiplied(right=right)
+        out.copy_(vectors @ (weight.T if right else weight))
+        self.subspaces.step()
+        return self.subspaces.sigma[0, 0].item()
+
+    def refined(self, weight, tolerance):
+        right = self.subspaces.next_is_right
+        [vectors], _ = self.subspaces.multiplied(right=right)
+        image = weight @ vectors[0] if right else vectors[0] @ weight
+        before, n_steps = (image.norm() / vectors[0].norm()).item(), 1
+        sigma = self.step(weight)
+        while sigma > (1 + tolerance) * before and n_steps < 1 + 2 * MOST_REFINEMENTS:
+            before, n_steps = sigma, n_steps + 2
+            self.step(weight)
+            sigma = self.step(weight)
+        return sigma, n_steps
+
+
+@pytest.mark.parametrize("k", [2, 4, 5])
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-3, 1e-2])
+def test_each_weight_is_multiplied_until_that_raises_its_sigma_no_more(multiplied, k, tolerance):
+    layers, move = moving((0.3, 0.0, 0.05, 1.0), torch.Generator().manual_seed(k))
+    targets = discover(layers).targets
+    iteration = SubspaceIteration(1, k, tolerance, 0)
+    twins = [Alone(target.name, target.parameter.detach(), k) for target in targets]
+    counts = []
+    for step in range(6):
+        multiplied.clear()
+        terms = iteration.advance(targets)
+        products = multiplied[2 * WARM_UP :] if step == 0 else multiplied
+        for i, (target, term, twin) in enumerate(zip(targets, terms, twins, strict=True)):
+            weight = target.parameter.detach()
+            for _ in range(2 * WARM_UP if step == 0 else 0):
+                twin.step(weight)
+            sigma, n_steps = twin.refined(weight, tolerance)
+            assert sum(i in weights for weights in products) == n_steps
+            assert term.sigma == pytest.approx(sigma, rel=1e-7)
+            counts.append(n_steps)
+            # Refined or not, sigma is the bound of the u and v that come with it.
+            bounds = (weight @ term.v).norm(), (weight.T @ term.u).norm()
+            assert min(bounds).item() == pytest.approx(term.sigma, rel=1e-9)
+        move()
+    assert min(counts) == 1
+    assert max(counts) > 1
+
+
+def test_without_tolerance_or_with_one_vector_no_weight_gets_more(multiplied):
+    for options in ({"tolerance": math.inf}, {"n_vectors": 1}):
+        layers, move = moving((1.0,) * 4, torch.Generator().manual_seed(0))
+        opt = SNROptimizer(sgd(layers), layers, LAMBDA, **options)
+        backward(layers)
+        multiplied.clear()
+        for _ in range(4):
+            move()
+            opt.zero_grad()
+            backward(layers)
+        assert multiplied == [[0, 1, 2, 3]] * 4
+
+
+def test_weights_at_rest_get_no_more(multiplied):
+    layers, _ = moving((0.0,) * 4, torch.Generator().manual_seed(0))
+    opt = SNROptimizer(sgd(layers), layers, LAMBDA)
+    for step in range(12):
+        opt.zero_grad()
+        backward(layers)
+        if step == 3:
+            multiplied.clear()
+    assert all(len(weights) == 4 for weights in multiplied)
+
+
+def test_refinement_finds_a_direction_that_none_of_the_vectors_sees():
+    """A weight that jumps: without, sigma is wrong by a factor until the iteration catches up."""
+    sigmas = {}
+    for tolerance in (1e-3, math.inf):
+        torch.manual_seed(0)
+        layer = nn.Linear(60, 40, bias=False)
+        opt = SNROptimizer(sgd(layer), layer, LAMBDA, tolerance=tolerance)
+        backward(layer)
+        with torch.no_grad():
+            layer.weight += 0.3 * torch.outer(torch.randn(40), torch.randn(60)) / 4
+            exact = torch.linalg.matrix_norm(layer.weight, 2).item()
+        sigmas[tolerance] = opt.spectral_norms()["weight"] / exact
+    assert sigmas[1e-3] > 0.99 > 0.9 > sigmas[math.inf]
+
+
+def test_the_number_of_products_is_counted_without_the_warm_up(multiplied):
+    layers, move = moving((1.0, 0.5, 0.1, 0.0), torch.Generator().manual_seed(0))
+    opt = SNROptimizer(sgd(layers), layers, LAMBDA)
+    assert opt.n_products_taken == 0
+    for _ in range(3):
+        opt.zero_grad()
+        backward(layers)
+        opt.spectral_norms()  # looks only
+        move()
+    counted = opt.n_products_taken
+    multiplied.clear()
+    opt.zero_grad()
+    backward(layers)
+    assert opt.n_products_taken - counted == sum(map(len, multiplied)) > 4
+    assert counted >= 12
+    opt.load_state_dict(opt.state_dict())
+    assert opt.n_products_taken == 0
+
+
+def test_held_terms_take_no_products():
+    layers, _ = moving((0.0,) * 4, torch.Generator().manual_seed(0))
+    opt = SNROptimizer(sgd(layers), layers, LAMBDA, n_power_iterations=0.25, tolerance=math.inf)
+    for _ in range(4):
+        backward(layers)
+        opt.step()
+    assert opt.n_products_taken == 2 * 4

@@ -43,14 +43,15 @@ def start(matrices_, k, seed=0, vectors=None):
     return Subspaces(vectors or right, left, next_is_right=True)
 
 
-def step(subspaces, matrices_):
-    """One step; sigma, u and v of each matrix."""
+def step(subspaces, matrices_, weights=None):
+    """One step, of all or of some; sigma, u and v of each matrix."""
     product = MatrixView().matvec if subspaces.next_is_right else MatrixView().rmatvec
     right = subspaces.next_is_right
     subspaces.reserve()
     for matrix, *tensors in zip(matrices_, *subspaces.multiplied(right=right), strict=True):
         product(matrix, *tensors)()
-    sigmas = subspaces.step()[:, 0]
+    subspaces.step(weights)
+    sigmas = subspaces.sigma[:, 0]
     left, right = ([vectors[0] for vectors in side] for side in subspaces.pairs[right])
     return list(zip(sigmas, left, right, strict=True))
 
@@ -305,16 +306,71 @@ def test_rows_compute_for_every_map_what_is_computed_for_one(lengths_, k, seed):
     assert rows.tensor.numel() <= 1.25 * entries
     maps = [m for vector in vectors for m in (vector if vector.ndim == 3 else vector[None])]
     expected = torch.stack([m.double() @ m.double().T for m in maps])
-    torch.testing.assert_close(rows.gram(rows.tensor), expected)
+    torch.testing.assert_close(rows.gram(rows.tensor, rows.all), expected)
     h = k - k // 2
     factors = noise(len(maps), h, k)
-    rows.combine(factors, rows.tensor, rows.images)  # which are some of the vectors
+    rows.combine(factors, rows.tensor, rows.images, rows.all)  # which are some of the vectors
     flat = iter(factors)
     for found, vector in zip(rows.parts(rows.images), vectors, strict=True):
         if vector.ndim == 2:
             torch.testing.assert_close(found, next(flat) @ vector)
         else:
             torch.testing.assert_close(found, torch.stack([next(flat) @ m for m in vector]))
+
+
+@given(st.lists(lengths, min_size=1, max_size=6), counts, seeds, st.data())
+def test_rows_of_some_maps_are_those_rows_of_all(lengths_, k, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = [torch.randn(*((b,) if b else ()), k, n, generator=generator) for n, b in lengths_]
+    rows, changed = Rows(vectors), Rows(vectors)
+    n_maps = len(rows.all.lengths)
+    chosen = sorted(data.draw(st.sets(st.integers(0, n_maps - 1), min_size=1)))
+    maps, some = torch.tensor(chosen), rows.some(torch.tensor(chosen))
+    expected = rows.gram(rows.tensor, rows.all)[maps]
+    torch.testing.assert_close(rows.gram(rows.tensor, some), expected)
+    h = k - k // 2
+    factors = torch.eye(h, k).expand(n_maps, h, k).clone()  # those of the others change nothing
+    factors[maps] = torch.randn(len(maps), h, k, generator=generator)
+    unknown = torch.rand(n_maps, h, generator=generator) < 0.3
+    unknown &= torch.isin(torch.arange(n_maps), maps)[:, None]
+    rows.combine(factors, rows.tensor, rows.images, rows.all)
+    rows.fill(unknown, rows.all)
+    changed.combine(factors[maps], changed.tensor, changed.images, some)
+    changed.fill(unknown[maps], some)
+    torch.testing.assert_close(changed.tensor, rows.tensor)
+
+
+def test_a_step_of_some_weights_leaves_the_others_alone():
+    matrices_ = [matrix_with([0.99**i for i in range(20)], 20, 30, seed) for seed in range(4)]
+    subspaces, alone = start(matrices_, 4), start(matrices_[1:3], 4)
+    for side in (subspaces.right, subspaces.left):  # as if they had been the ones there
+        assert side.counts == [1] * 4
+    for _ in range(3):
+        step(subspaces, matrices_)
+        expected = step(alone, matrices_[1:3])
+    others = [[side.each[i].clone() for i in (0, 3)] for side in (subspaces.right, subspaces.left)]
+    for _ in range(2):
+        found = step(subspaces, matrices_, [1, 2])
+        expected = step(alone, matrices_[1:3])
+    for kept, side in zip(others, (subspaces.right, subspaces.left), strict=True):
+        assert all(torch.equal(old, side.each[i]) for old, i in zip(kept, (0, 3), strict=True))
+    for (sigma, u, v), (own_sigma, own_u, own_v) in zip(found[1:3], expected, strict=True):
+        assert sigma.item() == pytest.approx(own_sigma.item(), rel=1e-12)
+        torch.testing.assert_close(torch.outer(u, v), torch.outer(own_u, own_v))
+
+
+def test_rising_weights_are_those_of_a_rising_map():
+    right = [torch.randn(4, 12), torch.randn(3, 4, 9), torch.randn(4, 10)]
+    left = [torch.randn(4, 7), torch.randn(3, 4, 8), torch.randn(4, 6)]
+    subspaces = Subspaces(right, left, next_is_right=True)
+    subspaces.sigma = torch.tensor([1.0, 1.0, 1.002, 1.0, 1.0]).double()[:, None].repeat(1, 2)
+    subspaces._before = torch.ones(5, dtype=torch.float64)
+    assert subspaces.rising(0.01) == []
+    subspaces._before = torch.ones(5, dtype=torch.float64)
+    assert subspaces.rising(0.001) == [1]
+    assert subspaces.rising(0.001) == []  # since the last call
+    subspaces.sigma = torch.full((5, 2), math.nan, dtype=torch.float64)
+    assert subspaces.rising(0.0) == []
 
 
 @given(st.integers(1, 9), seeds)
