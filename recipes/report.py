@@ -141,6 +141,10 @@ def evenly_spaced(names: list[str], most: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
 
 
+_COLORS = [plt.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
+"""Of settings; more than the ten of the default cycle."""
+
+
 def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, Any]) -> None:
     """Draw the error of sigma against the cost of a step, one panel a training.
 
@@ -155,10 +159,11 @@ def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, An
         for number, name in enumerate(costs):
             errors = result["watching"][name]
             cost = costs[name]["ratio"]
-            axis.plot(cost, errors["p95"], "o", color=f"C{number}", label=name)
+            color = _COLORS[number]
+            axis.plot(cost, errors["p95"], "o", color=color, label=name)
             if name in result["driving"]:
                 driven = result["driving"][name]["p95"]
-                axis.plot(cost, driven, "o", color=f"C{number}", fillstyle="none")
+                axis.plot(cost, driven, "o", color=color, fillstyle="none")
         axis.axhline(2, color="grey", linewidth=0.8, linestyle="--")
         axis.set(title=training, yscale="log")
         axis.grid(alpha=0.3)
@@ -168,8 +173,8 @@ def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, An
         axis.set_ylabel("error of sigma, 95th percentile (%)")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.suptitle(
-        "filled: watching a training that an exact SVD regularizes; open: driving its own; "
-        "the time is that of a step without further products. "
+        "filled: watching a training that an exact SVD regularizes; open: driving its own.\n"
+        "The time is that of a step without further products. "
         f"The exact SVD itself: error 0 at {bench['exact_work'][model]:.0f} times weight decay"
     )
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
@@ -197,12 +202,20 @@ def draw_bench(path: Path, bench: Mapping[str, Any]) -> None:
             [r - entry["low"] for r, entry in zip(ratios, found, strict=True)],
             [entry["high"] - r for r, entry in zip(ratios, found, strict=True)],
         ]
-        axes[0].bar(places, ratios, width, yerr=spread, label=name, error_kw={"linewidth": 0.7})
+        axes[0].bar(
+            places,
+            ratios,
+            width,
+            yerr=spread,
+            label=name,
+            color=_COLORS[number],
+            error_kw={"linewidth": 0.7},
+        )
     axes[0].axhline(1, color="black", linewidth=0.8)
     axes[0].set_xticks(range(len(models)), models, rotation=20, fontsize=8)
     axes[0].set(title="the term alone, over weight decay (1)", ylabel="ratio of times")
-    axes[0].set_ylim(top=1.4 * axes[0].get_ylim()[1])  # room for the legend
-    axes[0].legend(fontsize=7, ncols=3, loc="upper center")
+    axes[0].set_ylim(top=1.6 * axes[0].get_ylim()[1])  # room for the legend
+    axes[0].legend(fontsize=7, ncols=2, loc="upper center")
     for axis, key, label in (
         (axes[1], "parameters", "parameters in 50 weights"),
         (axes[2], "weights", "weights of 16 x 16"),
