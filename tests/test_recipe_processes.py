@@ -16,7 +16,7 @@ from recipes.train import CHECKPOINT, main, run
 # Without batch norm, dropout and augmentation, and with the same products in every step, two
 # processes do what one does.
 TOY = ["digits", "--model", "test_vit", "--subset", "66", "--batch-size", "32"]
-TOY += ["--transform-kwargs", "no_aug=True", "--snr-kwargs", "tolerance=.inf"]
+TOY += ["--transform-kwargs", "no_aug=True", "--snr-kwargs", "tolerance=1e999"]  # infinite
 TWO = [*TOY, "--epochs", "2"]
 
 
