@@ -104,7 +104,8 @@ class Subspaces:
         products = self._room.like_first if right else self._room.like_second
         maps, of_here, of_there = None, here.all, there.all
         if weights is not None:
-            maps = torch.isin(self._weights, torch.tensor(weights)).nonzero()[:, 0]
+            chosen = torch.tensor(weights, device=self._weights.device)
+            maps = torch.isin(self._weights, chosen).nonzero()[:, 0]
             of_here, of_there = here.some(maps), there.some(maps)
         k = len(here.tensor)
         image_gram = there.gram(products, of_there)

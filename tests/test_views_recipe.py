@@ -11,9 +11,8 @@ from test_operators import operator
 from recipes import bench, views
 from snr_hooks import discover
 
-pytestmark = (
-    pytest.mark.slow
-)  # the measurements together; what they are made of is tested by itself
+# The measurements together; what they are made of is tested by itself.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
