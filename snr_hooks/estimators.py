@@ -470,10 +470,10 @@ class _Batch:
         """Take two products more with the weights whose sigma the last ones raised, and so on.
 
         Not where looking would wait for an accelerator, nor for shards, whose processes might
-        decide differently and then wait for each other. A single vector tells nothing: it is all
-        that a product finds.
+        decide differently and then wait for each other. Sigma of a single vector is all that a
+        product finds, and never rises.
         """
-        if self.device.type != "cpu" or self._sharded or not self._n_kept:
+        if self.device.type != "cpu" or self._sharded:
             return
         for _ in range(MOST_REFINEMENTS):
             rising = self._subspaces.rising(tolerance)
