@@ -38,24 +38,17 @@ def torchrun(arguments, n_processes, timeout=300):
     )
 
 
-def results(worker, n_processes, folder):
+def results(worker, n_processes, root):
     """Run all scenarios of a worker file; return what each rank found, by scenario."""
+    folder = root / str(n_processes)
+    folder.mkdir()
     finished = torchrun([TESTS / worker, folder], n_processes)
     found = {
         path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("results/*.json"))
     }
     if finished.returncode:
         raise RuntimeError(f"after {list(found)}:\n{finished.stdout}\n{finished.stderr[-6000:]}")
-    return found
-
-
-def results_of_two_and_four(worker, root):
-    """Return ``results`` by number of processes; four run after two, and may use their files."""
-    found = {}
-    for n in (2, 4):
-        (root / str(n)).mkdir()
-        found[n] = results(worker, n, root / str(n))
-        assert all(len(ranks) == n for ranks in found[n].values())
+    assert all(len(ranks) == n_processes for ranks in found.values())
     return found
 
 

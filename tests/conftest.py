@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _launch import results_of_two_and_four
+from _launch import results
 from hypothesis import settings
 
 # The tensors are small; and where something else uses the cores, threads that wait for each
@@ -24,19 +24,26 @@ def _seeded():
 
 
 @pytest.fixture(scope="module")
-def both(request, tmp_path_factory):
-    """What two and four processes found, of the worker that the test module names."""
-    return results_of_two_and_four(request.module.WORKER, tmp_path_factory.mktemp("processes"))
+def processes_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
 
 
-@pytest.fixture(params=[2, 4])
-def found(request, both):
-    return both[request.param]
+@pytest.fixture(scope="module")
+def two(request, processes_root):
+    """What each of two processes found, of the worker that the test module names."""
+    return results(request.module.WORKER, 2, processes_root)
 
 
-@pytest.fixture
-def two(both):
-    return both[2]
+@pytest.fixture(scope="module")
+def four(request, two, processes_root):
+    """What each of four processes found, started after the two, whose files they may use."""
+    return results(request.module.WORKER, 4, processes_root)
+
+
+# Four processes on two cores take three times as long as two.
+@pytest.fixture(params=["two", pytest.param("four", marks=pytest.mark.slow)])
+def found(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -91,9 +91,8 @@ def test_sharding_after_wrapping_and_fsdp1_are_refused_before_a_step(two):
             assert "use torch.distributed.fsdp.fully_shard" in message
 
 
-def test_a_checkpoint_of_two_processes_continues_on_four(both):
-    assert max(both[2]["checkpoints"]) <= 1e-12
-    assert max(both[4]["checkpoints"]) <= 1e-12
+def test_a_checkpoint_of_two_processes_continues_on_two_and_on_four(found):
+    assert max(found["checkpoints"]) <= 1e-12
 
 
 def test_an_evaluation_before_wrapping_or_stepping_hides_no_weight(two):

@@ -118,7 +118,16 @@ def test_every_timm_model(initial):
         check_family(model, "mobile")
 
 
-@pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
+LARGE = {"regnet_x_16gf", "regnet_x_32gf", "regnet_y_16gf", "regnet_y_32gf", "regnet_y_128gf"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LARGE else ())
+        for name in torchvision.models.list_models(module=torchvision.models)
+    ],
+)
 def test_every_torchvision_classification_model(name):
     kwargs = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     # regnet reads tensor values while it is built, which meta tensors do not have.
