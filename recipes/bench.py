@@ -40,6 +40,10 @@ MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 """Image size and batch size of the whole training step, and options of the model."""
 
+SHORT = 4
+"""Batch size of steps that are short. What is added to a step does not depend on the size of the
+batch, and a step of half a second varies by more than that."""
+
 STRENGTH = 1e-6
 """lambda: small enough that hundreds of terms without a step in between leave finite gradients."""
 
@@ -236,22 +240,43 @@ def training_step(model: nn.Module, method: str, size: int, batch: int) -> Calla
     return step
 
 
+ADDED = ["weight decay", ECONOMICAL, DEFAULT, "penalty, power iteration"]
+"""What is compared in short steps; in long ones that and more."""
+
+
 def whole_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
     """Measure (b): what each method adds to a training step, in percent of the step."""
     size, batch, _ = MODELS[name]
-    methods = ["weight decay", ECONOMICAL, DEFAULT, "penalty, power iteration", "spectral_norm"]
+    found = added((*ADDED, "spectral_norm"), model, size, batch, repetitions)
+    base = found["none"]["milliseconds"]
+    for method, entry in found.items():
+        if method != "none":
+            found[method] = {key: 100 * value / base for key, value in entry.items()}
+    step = training_step(model, "penalty, exact SVD", size, batch)
+    exact = 1e3 * measure({"": step}, 1, warm_up=0)[""][0]
+    found["penalty, exact SVD"] = {"ratio": 100 * (exact - base) / base}
+    return found
+
+
+def short_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
+    """Measure (b): what methods add to a step, in milliseconds and as shares of the penalty's."""
+    found = added(ADDED, model, MODELS[name][0], SHORT, repetitions)
+    for method in ADDED:
+        found[method]["share"] = found[method]["ratio"] / found[ADDED[-1]]["ratio"]
+    return found
+
+
+def added(
+    methods: Sequence[str], model: nn.Module, size: int, batch: int, repetitions: int
+) -> dict[str, dict[str, float]]:
+    """Measure in milliseconds what methods add to a training step, and the plain step."""
     steps = {method: training_step(model, method, size, batch) for method in ["none", *methods]}
     times = measure(steps, CYCLE * repetitions)
-    base = statistics.median(times["none"])
-    found: dict[str, Any] = {"none": {"milliseconds": base * 1e3}}
+    found = {"none": {"milliseconds": 1e3 * statistics.median(times["none"])}}
     for method in methods:
-        added = [
-            100 * (after - before) / base
-            for before, after in zip(times["none"], times[method], strict=True)
-        ]
-        found[method] = spread(cycles(added)) | {"ratio": by_phase(added)}
-    exact = measure({"": training_step(model, "penalty, exact SVD", size, batch)}, 1, warm_up=0)
-    found["penalty, exact SVD"] = {"ratio": 100 * (exact[""][0] - base) / base}
+        pairs = zip(times["none"], times[method], strict=True)
+        differences = [1e3 * (after - before) for before, after in pairs]
+        found[method] = spread(cycles(differences)) | {"ratio": by_phase(differences)}
     return found
 
 
@@ -404,6 +429,7 @@ def table(bench: dict[str, Any]) -> str:
             else:
                 cells.append(f"{entry['ratio']:+.0f} (once)")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    lines += _short_steps(bench["short_step"])
     lines += [
         "",
         "(c) Memory that the wrapper keeps, in percent of the parameters' bytes / the largest "
@@ -432,6 +458,27 @@ def table(bench: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _short_steps(measured: dict[str, Any]) -> list[str]:
+    """Return the table of (b) for short steps."""
+    lines = [
+        "",
+        f"(b) What a method adds to a step in milliseconds, in steps of {SHORT} images, and as a "
+        "share of what the penalty adds:",
+        "",
+        "| | " + " | ".join(measured) + " |",
+        "|---" * (len(measured) + 1) + "|",
+    ]
+    plain = [f"{found['none']['milliseconds']:.0f} ms" for found in measured.values()]
+    lines.append("| none | " + " | ".join(plain) + " |")
+    for method in ADDED:
+        cells = [
+            "{ratio:+.1f} ({low:+.1f} to {high:+.1f}); {share:.2f}".format(**found[method])
+            for found in measured.values()
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.bench", description=__doc__)
@@ -448,6 +495,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "own_work": {},
         "exact_work": {},
         "whole_step": {},
+        "short_step": {},
         "memory": {},
     }
     for name in tqdm(options.models):
@@ -463,6 +511,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for parameter in model.parameters():
                 parameter.grad = None
             bench["whole_step"][name] = whole_step(name, model, options.repetitions)
+            bench["short_step"][name] = short_step(name, model, options.repetitions)
     if "e" in options.parts:
         bench["growth"] = growth(max(options.repetitions // 2, 1), options.largest)
     (options.output / "bench.json").write_text(json.dumps(bench, indent=1))

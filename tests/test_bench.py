@@ -43,6 +43,7 @@ def test_the_whole_benchmark_runs_and_writes_its_report(tiny, tmp_path, capsys):
             assert 0 < found["low"] <= found["ratio"] <= found["high"]
         assert result["whole_step"][model]["none"]["milliseconds"] > 0
         assert {DEFAULT, ECONOMICAL, "spectral_norm"} < result["whole_step"][model].keys()
+        assert set(bench.ADDED) < result["short_step"][model].keys()
     text = (tmp_path / "bench.md").read_text()
     assert text in capsys.readouterr().out
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -213,3 +214,29 @@ def test_a_whole_step_is_compared_with_the_plain_one(tiny, monkeypatch):
     assert found["none"]["milliseconds"] == 1000
     assert found[DEFAULT]["ratio"] == pytest.approx(25)
     assert found["penalty, exact SVD"]["ratio"] == pytest.approx(25)
+
+
+def test_shares_are_of_what_the_penalty_adds_to_steps_of_a_few_images(tiny, monkeypatch):
+    times = {"none": 1.0, "weight decay": 1.125, ECONOMICAL: 1.25, DEFAULT: 1.5}
+    sizes = []
+
+    def step(model, method, size, batch):
+        sizes.append((size, batch))
+        return method
+
+    def fake(functions, repetitions, **_):
+        taken = times | {"penalty, power iteration": 2.0}
+        return {name: [taken[name]] * 8 * repetitions for name in functions}
+
+    monkeypatch.setattr(bench, "training_step", step)
+    monkeypatch.setattr(bench, "measure", fake)
+    found = bench.short_step("test_resnet", nn.Linear(1, 1), 1)
+    assert set(sizes) == {(32, bench.SHORT)}
+    assert found["none"]["milliseconds"] == 1000
+    assert {name: entry["share"] for name, entry in found.items() if name != "none"} == {
+        "weight decay": 0.125,
+        ECONOMICAL: 0.25,
+        DEFAULT: 0.5,
+        "penalty, power iteration": 1,
+    }
+    assert found[DEFAULT]["ratio"] == 500
