@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 ECONOMICAL = "1 vector, every 4th step"
-DEFAULT = "3 vectors, tolerance 0.001 (default)"
+DEFAULT = "3 vectors, tolerance 0.0005 (default)"
 SETTINGS: dict[str, dict[str, Any]] = {
     ECONOMICAL: {"n_vectors": 1, "n_power_iterations": 0.125},
     "1 vector": {"n_vectors": 1},
@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8 vectors": {"n_vectors": 8, "tolerance": math.inf},
     "16 vectors": {"n_vectors": 16, "tolerance": math.inf},
     DEFAULT: {},
-    "4 vectors, tolerance 0.001": {"n_vectors": 4},
+    "4 vectors, tolerance 0.001": {"n_vectors": 4, "tolerance": 1e-3},
 }
 
 

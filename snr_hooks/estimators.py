@@ -134,7 +134,10 @@ class SubspaceIteration:
         batches = _batches(iterated, self._by_name(iterated))
         return self._with_exact(targets, self._iterated(batches))
 
+    @torch.no_grad()
     def _iterated(self, batches: "Sequence[_Batch]") -> list[Term]:
+        for batch in batches:
+            batch.lean()
         return _iterated(batches, self.n_products, self.tolerance)
 
     def _n_vectors(self, target: Target) -> int:
@@ -442,6 +445,10 @@ class _Batch:
             )
             for target, vectors, out in zip(members, rows, outs, strict=True)
         ]
+
+    def lean(self) -> None:
+        """Let vectors look for directions that they do not see."""
+        self._subspaces.lean()
 
     def multiply(
         self, weights: Sequence[int] | None = None

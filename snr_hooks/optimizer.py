@@ -120,7 +120,7 @@ class SNROptimizer(Optimizer):
         decoupled: bool = False,
         n_power_iterations: float = 0.5,
         n_vectors: int = 3,
-        tolerance: float = 1e-3,
+        tolerance: float = 5e-4,
         exact: bool = False,
         scaler: torch.amp.GradScaler | None = None,
         seed: int = 0,

@@ -67,7 +67,11 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, dtype: torch.dt
 
 
 def _best(gram: Tensor, image_gram: Tensor, n_best: int) -> Tensor:
-    """Return the best vectors of each span, orthonormal but for whitening: ``(L, n_best, k)``."""
+    """Return the best vectors of each span, orthonormal but for whitening: ``(L, n_best, k)``.
+
+    Of their two signs they have the one with which their coordinates in the basis that Gram-Schmidt
+    makes of the k vectors have a sum of at least zero.
+    """
     # Negative, so that the largest come first; nothing of a matrix that is not finite.
     negative = image_gram.neg().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     identity = _identity(gram)
@@ -76,7 +80,12 @@ def _best(gram: Tensor, image_gram: Tensor, n_best: int) -> Tensor:
         cholesky = torch.where(failed[:, None, None] == 0, cholesky, identity)
     whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
     _, vectors = symmetric_eigen(torch.bmm(torch.bmm(whitening, negative), whitening.mT))
-    return torch.bmm(vectors[..., :n_best].mT, whitening)
+    return torch.bmm(_oriented(vectors[..., :n_best]).mT, whitening)
+
+
+def _oriented(vectors: Tensor) -> Tensor:
+    """Choose between each column and its negative, between which rounding would choose."""
+    return torch.where(vectors.sum(-2, keepdim=True) < 0, -vectors, vectors)
 
 
 def _forms(matrices: Tensor, vectors: Tensor) -> Tensor:

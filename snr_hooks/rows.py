@@ -142,13 +142,20 @@ class Rows:
             places.index_copy_(1, of.numbers, chunks)
 
     @cached_property
+    def direction(self) -> Tensor:
+        """A fixed unit vector of each map, laid out in one row like these, in half precision."""
+        return self._signs(self.tensor.new_zeros(1, self.tensor.shape[1], dtype=torch.bfloat16))[0]
+
+    @cached_property
     def _fixed(self) -> Tensor:
-        """Unit vectors of signs, laid out like these; made only if they are needed."""
-        fixed = torch.zeros_like(self.tensor)
-        for part in self.parts(fixed):
+        """Fixed unit vectors, laid out like these; made only if they are needed."""
+        return self._signs(torch.zeros_like(self.tensor))
+
+    def _signs(self, rows: Tensor) -> Tensor:
+        for part in self.parts(rows):
             k, n = part.shape[-2:]
             part.copy_(signs(k, n).double() / math.sqrt(n))
-        return fixed
+        return rows
 
 
 def _chunk(lengths: Sequence[int], counts: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from snr_hooks import discover
 from snr_hooks.estimators import ExactSVD
+from snr_hooks.rows import signs
 from snr_hooks.term import SpectralTerm
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -76,8 +77,16 @@ class SlowSubspace:
     """
 
     def __init__(self, right: Tensor, kept_left: Tensor) -> None:
-        self.span, self.kept = right.double(), kept_left.double()
+        self.span = right.to(torch.float64, copy=True)
+        self.kept = kept_left.to(torch.float64, copy=True)
         self.on_right = True
+
+    def lean(self) -> None:
+        """Add to the last of an odd number of images a twentieth of a unit vector of signs."""
+        k, n = self.span.shape
+        if k % 2 and k > 1:
+            direction = signs(1, n)[0].double() / n**0.5
+            self.span[k - k // 2 - 1] += direction.bfloat16().double() / 20
 
     def step(self, matrix: Tensor) -> tuple[float, Tensor, Tensor]:
         map_ = matrix.double() if self.on_right else matrix.double().T
@@ -86,8 +95,11 @@ class SlowSubspace:
         self.independent = bool(
             torch.linalg.svdvals(self.span / self.span.norm(dim=1)[:, None])[-1] > 0.05
         )
-        basis, _ = torch.linalg.qr(self.span.T)
+        basis, triangular = torch.linalg.qr(self.span.T)
+        basis = basis * triangular.diagonal().sign()  # as Gram-Schmidt has it
         images, sigmas, rotation = torch.linalg.svd(map_ @ basis, full_matrices=False)
+        signs_ = torch.where(rotation.sum(1) < 0, -1, 1)
+        images, rotation = images * signs_, rotation * signs_[:, None]
         best = (basis @ rotation.T).T
         images = images.T
         new_span = torch.cat([images[: k - k // 2], self.kept])

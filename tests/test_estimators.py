@@ -436,6 +436,7 @@ class Alone:
         return self.subspaces.sigma[0, 0].item()
 
     def refined(self, weight, tolerance):
+        self.subspaces.lean()
         right = self.subspaces.next_is_right
         [vectors], _ = self.subspaces.multiplied(right=right)
         image = weight @ vectors[0] if right else vectors[0] @ weight
