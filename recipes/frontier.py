@@ -3,7 +3,7 @@
 Each training is run once with the exact term (an SVD of every weight at every step) while all
 settings watch: every one has its own vectors and sees the same weights. Then each of a few
 settings drives a training of its own, in which its errors feed back: a direction that it
-misses is not held down. The error of a weight is (sigma_1 - sigma) / sigma_1, with sigma the
+misses is not held down. The error of a weight is |sigma_1 - sigma| / sigma_1, with sigma the
 value that the term of that step is made with and sigma_1 from an SVD in float64.
 
 Every training is a file; the same command goes on with what is missing. At the end, a table and
@@ -70,7 +70,7 @@ class Watcher:
 def errors(norms: dict[str, float], model: nn.Module) -> list[float]:
     """Return the relative error of each estimate."""
     exact = {name: float(values[0]) for name, values in spectra(model).items()}
-    return [max(0.0, 1 - sigma / exact[name]) for name, sigma in norms.items()]
+    return [abs(1 - sigma / exact[name]) for name, sigma in norms.items()]
 
 
 def watch(
@@ -164,21 +164,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=None, help="instead of the recipes' own")
     parser.add_argument("--only", default="", help="trainings whose name holds this")
     options = parser.parse_args(arguments)
+    names = [f"{data}-{opt}-{lr}" for data, opt, lr in TRAININGS]
+    if not any(options.only in name for name in names):
+        parser.error(f"expected --only to be a part of {', '.join(names)}, found {options.only!r}")
     options.output.mkdir(parents=True, exist_ok=True)
     for data, opt, lr in TRAININGS:
         name = f"{data}-{opt}-{lr}"
         path = options.output / f"{name}.json"
         if options.only not in name:
             continue
-        result: dict[str, Any] = {"watching": {}, "driving": {}, "loss": {}}
-        if path.exists():
-            result = json.loads(path.read_text())
         entries = read(data) | {"opt": opt, "lr": lr, "data_dir": options.data_dir}
         if data == "cifar10":
             entries["data"] = options.cifar
         if options.epochs is not None:
             entries["epochs"] = options.epochs
         recipe = Recipe(**entries)
+        result: dict[str, Any] = {"epochs": recipe.epochs, "watching": {}, "driving": {}}
+        result["loss"] = {}
+        if path.exists():
+            result = json.loads(path.read_text())
+        if result["epochs"] != recipe.epochs:
+            raise RecipeError(
+                f"expected trainings of {recipe.epochs} epochs in {path}, found {result['epochs']}:"
+                " take another --output, or remove the file"
+            )
         print(name)
         missing = {key: SETTINGS[key] for key in SETTINGS if key not in result["watching"]}
         if missing:

@@ -157,6 +157,8 @@ def draw_frontier(path: Path, results: Mapping[str, Any], bench: Mapping[str, An
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), sharex=True, sharey=True)
     for axis, (training, result) in zip(axes.flat, results.items(), strict=False):
         for number, name in enumerate(costs):
+            if name not in result["watching"]:  # timed, but of another version of the settings
+                continue
             errors = result["watching"][name]
             cost = costs[name]["ratio"]
             color = _COLORS[number]

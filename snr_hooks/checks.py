@@ -43,6 +43,13 @@ def checked_int(value: object, what: str, *, at_least: int) -> int:
     return value
 
 
+def checked_bool(value: object, what: str) -> bool:
+    """Return True or False, or refuse what only counts as one of them, such as 'false'."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {what} to be True or False, found {value!r}")
+    return value
+
+
 def checked_products(n_power_iterations: object) -> tuple[int, int]:
     """Return how many products with each weight to take, and every how many steps."""
     what = "n_power_iterations to be a positive multiple of 0.5 or 0.5 / k for a whole k"

@@ -168,10 +168,10 @@ class SubspaceIteration:
     def __repr__(self) -> str:
         products = f"{self.n_products} product{'s'[: self.n_products > 1]}"
         vectors = f"{self.n_vectors} vector{'s'[: self.n_vectors > 1]}"
-        return (
-            f"subspace iteration, {products} with {vectors} a step, more while they raise sigma "
-            f"by over {self.tolerance:g}"
-        )
+        text = f"subspace iteration, {products} with {vectors} a step"
+        if self.n_vectors > 1 and self.tolerance < math.inf:
+            text += f", on a CPU more while they raise sigma by over {self.tolerance:g}"
+        return text
 
     def state_dict(self) -> dict[str, Vectors]:
         """Return the vectors of each weight needed so far, and the size of inputs if it matters."""

@@ -17,6 +17,7 @@ from snr_hooks.checks import (
     STRENGTH,
     check_sharding,
     check_values,
+    checked_bool,
     checked_int,
     checked_products,
     checked_tolerance,
@@ -79,11 +80,15 @@ class SNROptimizer(Optimizer):
         n_power_iterations: Power iterations per step. Half an iteration is one product with each
             weight; multiples of 0.5 take more. 0.5 / k takes one every k steps and uses sigma, u
             and v for all of them: cheaper, and up to k - 1 steps late.
-        n_vectors: Vectors per weight. More are more accurate and take more time and memory.
-        tolerance: A weight gets further products in a step as long as two of them raise its sigma
-            by more than this, relative to it: hardly ever with SGD, often with Adam at large
-            learning rates. ``math.inf`` for none. It takes two vectors or more, and has no effect
-            on accelerators, where it would wait for the device, and on sharded weights.
+        n_vectors: Vectors per weight, at most as many as it has rows and columns. More are more
+            accurate and take more time and memory. An odd number also looks for directions in
+            which none of the vectors has a part.
+        tolerance: If the product with a weight raises its sigma by more than this, relative to
+            what the best vector of the step before gives for the weight as it is, the weight gets
+            two more products, and two more if these raise it again, up to 16: hardly ever with SGD
+            at small learning rates, often with Adam at large ones. ``math.inf`` for none. It takes
+            two vectors or more, and has no effect on accelerators, where it would wait for the
+            device, and on sharded weights.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
             term is scaled with the loss, so that unscaling restores lambda. A deep copy of
@@ -130,7 +135,7 @@ class SNROptimizer(Optimizer):
         _check_optimizer(optimizer)
         check_sharding(model)
         strength = checked_schedule(lambda_, "lambda_")
-        if decoupled:
+        if checked_bool(decoupled, "decoupled"):
             for group in optimizer.param_groups:
                 learning_rate(group)
         n_products, n_steps = checked_products(n_power_iterations)
@@ -143,7 +148,7 @@ class SNROptimizer(Optimizer):
                 "if it wraps one, as timm's NativeScaler does, pass the inner one"
             )
         estimator: Estimator = SubspaceIteration(n_products, n_vectors, tolerance, seed)
-        if exact:
+        if checked_bool(exact, "exact"):
             estimator = ExactSVD()
         elif n_steps > 1:
             estimator = Held(estimator, n_steps)
@@ -328,10 +333,12 @@ class SNROptimizer(Optimizer):
             self._adopt_targets()
 
     def spectral_norms(self) -> dict[str, float]:
-        """Estimate sigma_1 of every target's matrix as of now.
+        """Estimate sigma_1 of every target's matrix.
 
-        These are the values that the next terms would be built with: lower bounds from
-        power iteration, or exact values with ``exact=True``. Reading them changes nothing.
+        These are the values that the next terms would be built with. They are lower bounds for the
+        weights as they are, or exact values with ``exact=True``. With ``n_power_iterations`` below
+        0.5 most terms are held from a step before, and so are their values, which by now may be too
+        large. Reading them changes nothing.
 
         Returns:
             The estimates by parameter name.

@@ -85,6 +85,14 @@ def test_bad_tolerance(value, error):
         SNROptimizer(sgd(model), model, tolerance=value)
 
 
+@pytest.mark.parametrize("option", ["exact", "decoupled"])
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_switches_are_true_or_false(option, value):
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=f"expected {option} to be True or False, found"):
+        SNROptimizer(sgd(model), model, **{option: value})
+
+
 @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), ("0", TypeError)])
 def test_bad_seed(value, error):
     model = build("mlp")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recipes import bench, frontier
-from recipes.recipe import Recipe
+from recipes.recipe import Recipe, RecipeError
 from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS
 from snr_hooks import SNROptimizer, discover
 
@@ -149,6 +149,7 @@ def test_errors_are_relative_to_the_exact_norm():
         model.weight.copy_(torch.diag(torch.tensor([4.0, 1.0])))
     [target] = discover(model).targets
     assert frontier.errors({target.name: 3.0}, model) == [pytest.approx(0.25)]
+    assert frontier.errors({target.name: 5.0}, model) == [pytest.approx(0.25)]  # held too long
     assert frontier.summary([[0.0, 0.1], [0.2, 0.3]]) == pytest.approx(
         {"median": 15, "p95": 28.5, "worst": 30}
     )
@@ -159,7 +160,7 @@ def test_the_frontier_runs_goes_on_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "read", lambda name: {"data": name, "subset": 256, "epochs": 2})
     monkeypatch.setattr(frontier, "SETTINGS", {key: SETTINGS[key] for key in (ECONOMICAL, DEFAULT)})
     monkeypatch.setattr(frontier, "DRIVERS", [ECONOMICAL])
-    costs = {key: {"ratio": 1.5 + i} for i, key in enumerate((ECONOMICAL, DEFAULT))}
+    costs = {key: {"ratio": 1.5 + i} for i, key in enumerate((ECONOMICAL, DEFAULT, "of old"))}
     (tmp_path / "bench.json").write_text(
         json.dumps({"own_work": {"resnet18": costs}, "exact_work": {"resnet18": 700.0}})
     )
@@ -178,6 +179,15 @@ def test_the_frontier_runs_goes_on_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frontier, "watch", lambda *_: pytest.fail("ran again"))
     frontier.main(arguments)
     assert json.loads(path.read_text())["driving"].keys() == {ECONOMICAL}
+    with pytest.raises(RecipeError, match=r"expected trainings of 3 epochs in .*, found 2: take"):
+        frontier.main([*arguments, "--epochs", "3"])
+
+
+def test_the_frontier_wants_a_training_that_there_is(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        frontier.main(["--only", "mnist", "--output", str(tmp_path / "out")])
+    assert "expected --only to be a part of digits-sgd-0.01, " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_driving_records_what_its_own_term_is_made_with():

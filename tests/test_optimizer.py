@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 
@@ -178,6 +179,9 @@ def test_repr_tells_what_is_regularized_and_how():
     ):
         assert part in text
     assert "momentum: 0.9" in text
+    assert "on a CPU more while they raise sigma by over 0.0005" in text
+    for options in ({"n_vectors": 1}, {"tolerance": math.inf}):
+        assert "more" not in repr(wrap(build("mlp"), **options))
     assert "svd" in repr(wrap(build("mlp"), exact=True))
 
 
