@@ -415,7 +415,12 @@ def table(bench: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     cells = [f"{ratio:.0f} (once)" for ratio in bench["exact_work"].values()]
     lines.append("| exact SVD | " + " | ".join(cells) + " |")
-    lines += ["", "(b) What a method adds to a whole training step, in percent of it:", ""]
+    lines += [
+        "",
+        "(b) What a method adds to a whole training step, in percent of it: the mean over the "
+        "steps of a cycle of the median of each, in brackets the middle 80 % of the cycles:",
+        "",
+    ]
     lines += ["| | " + " | ".join(bench["whole_step"]) + " |"]
     lines += ["|---" * (len(bench["whole_step"]) + 1) + "|"]
     for method in next(iter(bench["whole_step"].values()), {}):
@@ -462,8 +467,8 @@ def _short_steps(measured: dict[str, Any]) -> list[str]:
     """Return the table of (b) for short steps."""
     lines = [
         "",
-        f"(b) What a method adds to a step in milliseconds, in steps of {SHORT} images, and as a "
-        "share of what the penalty adds:",
+        f"(b) What it adds in milliseconds, likewise, to steps of {SHORT} images; as a share of "
+        "what the penalty adds:",
         "",
         "| | " + " | ".join(measured) + " |",
         "|---" * (len(measured) + 1) + "|",

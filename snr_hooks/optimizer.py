@@ -82,8 +82,9 @@ class SNROptimizer(Optimizer):
             and v for all of them: cheaper, and up to k - 1 steps late.
         n_vectors: Vectors per weight, at most as many as it has rows and columns. More are more
             accurate and take more time and memory. An odd number also looks for directions in
-            which none of the vectors has a part.
-        tolerance: If the product with a weight raises its sigma by more than this, relative to
+            which none of the vectors has a part. For n singular values (``top`` in ``choose``) at
+            least 2 n are taken.
+        tolerance: If the product with a weight raises its sigma_1 by more than this, relative to
             what the best vector of the step before gives for the weight as it is, the weight gets
             two more products, and two more if these raise it again, up to 16: hardly ever with SGD
             at small learning rates, often with Adam at large ones. ``math.inf`` for none. It takes

@@ -250,3 +250,48 @@ def test_shares_are_of_what_the_penalty_adds_to_steps_of_a_few_images(tiny, monk
         "penalty, power iteration": 1,
     }
     assert found[DEFAULT]["ratio"] == 500
+
+
+def taken(of):
+    """Times of functions by name, with one slow step a cycle, in another phase in each."""
+
+    def measure(functions, repetitions, **_):
+        times = {name: [of(name)] * repetitions for name in functions}
+        for i, steps in enumerate(times.values()):
+            for cycle in range(repetitions // 8):
+                steps[8 * cycle + (cycle + i) % 8] += 10.0 * (i + 1)
+        return times
+
+    return measure
+
+
+def test_single_slow_steps_count_neither_for_what_is_added_nor_for_shares(monkeypatch):
+    penalty = bench.ADDED[-1]
+    monkeypatch.setattr(bench, "MODELS", {"x": (32, 7, {})})
+    monkeypatch.setattr(bench, "training_step", lambda *_: None)
+    monkeypatch.setattr(
+        bench, "measure", taken(lambda name: {"none": 1.0, penalty: 3}.get(name, 2))
+    )
+    found = bench.short_step("x", nn.Linear(1, 1), 5)
+    assert found["none"]["milliseconds"] == 1000
+    assert found[DEFAULT]["ratio"] == 1000
+    assert found[DEFAULT]["share"] == 0.5
+
+
+def test_whole_steps_have_the_batch_of_the_model_and_all_methods(monkeypatch):
+    steps = []
+    monkeypatch.setattr(bench, "MODELS", {"x": (32, 7, {})})
+    monkeypatch.setattr(bench, "training_step", lambda _, *step: steps.append(step))
+    monkeypatch.setattr(bench, "measure", taken(lambda _: 1.0))
+    bench.whole_step("x", nn.Linear(1, 1), 8)
+    methods, sizes, batches = zip(*steps, strict=True)
+    assert {"none", "spectral_norm", "penalty, exact SVD", *bench.ADDED} == set(methods)
+    assert (set(sizes), set(batches)) == ({32}, {7})
+
+
+def test_the_table_of_short_steps_says_what_was_measured():
+    entry = {"ratio": 2.0, "low": 1.0, "high": 3.0, "share": 0.25}
+    found = {"none": {"milliseconds": 9.0}} | dict.fromkeys(bench.ADDED, entry)
+    lines = bench._short_steps({"x": found})
+    assert "| none | 9 ms |" in lines
+    assert f"| {DEFAULT} | +2.0 (+1.0 to +3.0); 0.25 |" in lines

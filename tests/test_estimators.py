@@ -542,3 +542,114 @@ def test_held_terms_take_no_products():
         backward(layers)
         opt.step()
     assert opt.n_products_taken == 2 * 4
+
+
+def jump(layers, seed=0):
+    """Change weights beyond recognition."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in layers.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            p += 2 * p.std() * noise
+
+
+def plain(*dtypes):
+    layers = nn.ModuleList(nn.Linear(30, 20, bias=False, dtype=dtype) for dtype in dtypes)
+    return layers, discover(layers).targets
+
+
+@pytest.mark.parametrize("n_products", [1, 2, 3])
+def test_vectors_lean_once_at_the_beginning_of_a_step(monkeypatch, n_products):
+    calls = []
+
+    def spied(name, call):
+        return lambda batch, *arguments: (calls.append(name), call(batch, *arguments))[1]
+
+    for name in ("lean", "multiply"):
+        monkeypatch.setattr(_Batch, name, spied(name, getattr(_Batch, name)))
+    layers, targets = plain(torch.float64)
+    iteration = SubspaceIteration(n_products, 3, 1e-4, 0)
+    iteration.advance(targets)
+    jump(layers)
+    for take_step in (iteration.peek, iteration.advance):
+        calls.clear()
+        take_step(targets)
+        assert calls[0] == "lean"
+        assert calls.count("lean") == 1
+        assert len(calls) > 1 + n_products  # some are refinements
+
+
+def test_a_step_that_fails_and_is_taken_again_is_the_same(monkeypatch):
+    terms = []
+    for fails in (True, False):
+        torch.manual_seed(0)
+        layers, targets = plain(torch.float64)
+        iteration = SubspaceIteration(1, 3, 1e-4, 0)
+        iteration.advance(targets)
+        jump(layers)
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(_Batch, "multiply", lambda *_: 1 / 0)
+                for _ in range(3):
+                    with pytest.raises(ZeroDivisionError):
+                        iteration.advance(targets)
+        terms += iteration.advance(targets)
+    assert terms[0].sigma == terms[1].sigma
+    assert torch.equal(terms[0].v, terms[1].v)
+
+
+def test_every_batch_is_refined():
+    layers, targets = plain(torch.float32, torch.float64)
+    iteration = SubspaceIteration(1, 3, 1e-4, 0)
+    iteration.advance(targets)
+    before = [batch.n_products for batch in iteration._batches]
+    jump(layers)
+    iteration.advance(targets)
+    after = [batch.n_products for batch in iteration._batches]
+    assert len(after) == 2
+    assert all(new > old + 1 for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("where", ["accelerator", "shards"])
+def test_none_is_refined_where_looking_would_wait_or_processes_might_differ(where):
+    layers, targets = plain(torch.float64)
+    iteration = SubspaceIteration(1, 3, 0.0, 0)
+    iteration.advance(targets)
+    [batch] = iteration._batches
+    if where == "accelerator":
+        batch.device = torch.device("cuda")
+    else:
+        batch._sharded = [(0, None)]
+    jump(layers)
+    batch.multiply()
+    batch.step()
+    before = batch.n_products
+    batch.refine(0.0)
+    assert batch.n_products == before
+
+
+def test_what_is_only_looked_at_counts_no_products():
+    layers, targets = plain(torch.float32)
+    iteration = SubspaceIteration(1, 3, 1e-4, 0)
+    iteration.advance(targets)
+    before = iteration.n_products_taken
+    jump(layers)
+    iteration.peek(targets)
+    assert iteration.n_products_taken == before
+
+
+def test_refined_bounds_are_those_of_their_vectors_for_several_singular_values():
+    layers, _ = plain(*[torch.float64] * 3)
+    targets = discover(layers, choose={"*": {"top": 2}}).targets
+    iteration = SubspaceIteration(1, 5, 1e-3, 0)
+    iteration.advance(targets)
+    for seed in range(3):
+        jump(layers[:2], seed)
+        before = iteration.n_products_taken
+        terms = iteration.advance(targets)
+        assert iteration.n_products_taken > before + 3
+        for target, term in zip(targets, terms, strict=True):
+            weight = target.parameter.detach()
+            for sigma, u, v in zip(term.sigma, term.u, term.v, strict=True):
+                bounds = (weight @ v).norm(), (weight.T @ u).norm()
+                assert min(bounds).item() == pytest.approx(sigma.item(), rel=1e-9)
