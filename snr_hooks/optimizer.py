@@ -64,7 +64,8 @@ class SNROptimizer(Optimizer):
     forwarded to it.
 
     Lambda is the entry ``snr_lambda`` of a weight's param group, read anew at every step;
-    0 switches a group off at no cost.
+    0 switches a group off at no cost; its vectors stay as they are, so that sigma is too low for
+    some steps once it is switched on again.
 
     Args:
         optimizer: Any optimizer over parameters of ``model``.
