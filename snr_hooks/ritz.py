@@ -24,14 +24,14 @@ class Ritz(NamedTuple):
         best: Shape ``(L, h, k)``: rows that combine the vectors into the unit vectors x at
             which |W x| is largest, the best first.
         images: Shape ``(L, h, k)``: rows that combine the products W x into unit vectors.
-        informative: Shape ``(L, h)``: where ``images`` can be used. False for a matrix that
-            is zero or not finite, and in directions that it annihilates.
+        unknown: Shape ``(L, h)``: where ``images`` cannot be used. True for a matrix that is zero
+            or not finite, and in directions that it annihilates.
     """
 
     sigma: Tensor
     best: Tensor
     images: Tensor
-    informative: Tensor
+    unknown: Tensor
 
 
 def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, dtype: torch.dtype) -> Ritz:
@@ -50,42 +50,40 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, dtype: torch.dt
     info = torch.finfo(dtype)
     if gram.shape[-1] == 1:
         sigma = (image_gram / gram).sqrt()
-        informative = (sigma > info.tiny) & (sigma < math.inf)
-        images = torch.where(informative, sigma, 1).reciprocal()
-        return Ritz(sigma[..., 0], gram.rsqrt(), images, informative[:, 0])
+        unknown = ~((sigma > info.tiny) & (sigma < math.inf))
+        images = sigma.masked_fill(unknown, 1).reciprocal()
+        return Ritz(sigma[..., 0], gram.rsqrt(), images, unknown[:, 0])
     best = _best(gram, image_gram, n_best)
-    # One, less what whitening took; near zero for directions that are noise, which stay short.
-    squares = _forms(gram, best).clamp_(min=1e-2)
-    values = _forms(image_gram, best).div_(squares)
-    best = best / squares.sqrt()[..., None]
+    sigma = _forms(image_gram, best).sqrt_()
     # Whitening blows the rounding of the Gram matrices up by its inverse.
-    faintest = max((1e3 * info.eps) ** 2, 1e-9)
-    informative = values > (faintest * values[:, :1]).clamp_(min=info.tiny**2)
-    sigma = values.sqrt()
-    images = best / sigma.masked_fill(~informative, 1)[..., None]
-    return Ritz(sigma, best, images, informative)
+    faintest = max(1e3 * info.eps, 3e-5)
+    unknown = ~(sigma > (faintest * sigma[:, :1]).clamp_(min=info.tiny))
+    images = best / sigma.masked_fill(unknown, 1)[..., None]
+    return Ritz(sigma, best, images, unknown)
 
 
 def _best(gram: Tensor, image_gram: Tensor, n_best: int) -> Tensor:
-    """Return the best vectors of each span, orthonormal but for whitening: ``(L, n_best, k)``.
+    """Return the best vectors of each span, of unit length: ``(L, n_best, k)``.
 
-    Of their two signs they have the one with which their coordinates in the basis that Gram-Schmidt
-    makes of the k vectors have a sum of at least zero.
+    Of their two signs, between which rounding would choose, they have the one with which their
+    coordinates in the basis that Gram-Schmidt makes of the k vectors have a sum of at least zero.
     """
-    # Negative, so that the largest come first; nothing of a matrix that is not finite.
-    negative = image_gram.neg().nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     identity = _identity(gram)
     cholesky, failed = torch.linalg.cholesky_ex(torch.add(gram, identity, alpha=_WHITENING))
     if not failed.is_cpu or failed.any():  # then the vectors are taken as they are
         cholesky = torch.where(failed[:, None, None] == 0, cholesky, identity)
     whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    _, vectors = symmetric_eigen(torch.bmm(torch.bmm(whitening, negative), whitening.mT))
-    return torch.bmm(_oriented(vectors[..., :n_best]).mT, whitening)
-
-
-def _oriented(vectors: Tensor) -> Tensor:
-    """Choose between each column and its negative, between which rounding would choose."""
-    return torch.where(vectors.sum(-2, keepdim=True) < 0, -vectors, vectors)
+    # Nothing of a matrix that is not finite.
+    image_gram = image_gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    # Negative, so that the largest come first.
+    negative = torch.baddbmm(identity, whitening, image_gram, beta=0, alpha=-1)
+    _, vectors = symmetric_eigen(torch.bmm(negative, whitening.mT))
+    vectors = vectors[..., :n_best]
+    best = torch.bmm(vectors.mT, whitening)
+    # One, less what whitening took; near zero for directions that are noise, which stay short.
+    taken = torch.linalg.vector_norm(best, dim=-1).square_()
+    squares = torch.rsub(taken, 1, alpha=_WHITENING).clamp_(min=1e-2)
+    return best.mul_(squares.rsqrt_().copysign_(vectors.sum(-2))[..., None])
 
 
 def _forms(matrices: Tensor, vectors: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class Subspaces:
             here.combine(ritz.best[:, : k // 2], here.tensor, here.kept, of_here)
         there.combine(ritz.images, products, there.images, of_there)
         self._room.release()
-        there.fill(~ritz.informative, of_there)
+        there.fill(ritz.unknown, of_there)
         self.next_is_right = not right
         self._leans = False
         sigma = ritz.sigma[:, : k // 2 or 1]
