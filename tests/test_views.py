@@ -77,6 +77,23 @@ def test_prepared_products_equal_those_of_the_materialized_matrix(out_axis, weig
             tensor.mul_(-0.5)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("shape", [(1024, 1024), (1000, 1056), (1009, 1040), (240, 512, 3, 3)])
+def test_products_with_a_large_matrix_equal_those_in_double_precision(shape, k):
+    weight = torch.randn(shape)
+    if len(shape) == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    view = MatrixView()
+    matrix = weight.double().flatten(1)
+    m, n = matrix.shape
+    v, u = torch.randn(k, n + 1)[:, 1:], torch.randn(k, m + 1)[:, 1:]
+    out, back = torch.full((k, m + 2), torch.nan)[:, :-2], torch.full((k, n + 2), torch.nan)[:, :-2]
+    view.matvec(weight, v, out)()
+    view.rmatvec(weight, u, back)()
+    torch.testing.assert_close(out.double(), v.double() @ matrix.T, rtol=0, atol=1e-3)
+    torch.testing.assert_close(back.double(), u.double() @ matrix, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_of_half_precision_weights_are_taken_in_the_dtype_of_the_vectors(dtype):
     weight, v, u = torch.randn(40, 60).to(dtype), torch.randn(2, 60), torch.randn(2, 40)
