@@ -583,9 +583,9 @@ def _at_least_float32(weight: Tensor) -> torch.dtype:
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast is still active in a hook when backward() runs inside its block."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return nullcontext()  # to switch off what is off takes time
 
 
 def _is_of_size(target: Target, entry: object) -> bool:

@@ -24,7 +24,6 @@ The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients tha
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -100,6 +99,20 @@ class GradientHooks:
 
 class _HookedWeight:
     """The hooks and the flag of one weight, all of whose targets share the parameter."""
+
+    __slots__ = (
+        "__weakref__",
+        "_add_term",
+        "_last_grad",
+        "_last_version",
+        "_tensor",
+        "looked",
+        "parameter",
+        "pending",
+        "remove",
+        "targets",
+        "traced_reset",
+    )
 
     def __init__(self, targets: list[Target], add_term: AddTerm) -> None:
         self.pending = True
@@ -178,7 +191,11 @@ class _HookedWeight:
             self.pending = True
         self.looked = False
         if self.pending:
-            self._add(grad)
+            if torch.is_grad_enabled():  # as create_graph=True leaves it
+                with torch.no_grad():
+                    self._add(grad)
+            else:  # to switch off what is off takes time
+                self._add(grad)
         self._last_grad, self._last_version = weakref.ref(grad), grad._version
 
     def _add(self, grad: Tensor) -> None:
@@ -190,10 +207,8 @@ class _HookedWeight:
             )
             return
         check_not_captured(grad)
-        # create_graph=True leaves grad mode on; to switch off what is off takes time, too.
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            for target in self.targets:
-                self._add_term(target, grad)
+        for target in self.targets:
+            self._add_term(target, grad)
         self.pending = False
 
     def _untouched(self, grad: Tensor | None) -> bool:

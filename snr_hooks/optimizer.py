@@ -297,9 +297,10 @@ class SNROptimizer(Optimizer):
         A weight that got its term in this step was used, which spares it the search.
         """
         silent = self._hooks.silent()
-        if silent:
-            check_sharding(self._model)
-            reshard(self._model)
+        if not silent:
+            return
+        check_sharding(self._model)
+        reshard(self._model)
         for target in silent:
             if parameter_at(self._model, target.parameter_name) is not target.parameter:
                 raise _replaced(target.name)

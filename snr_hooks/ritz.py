@@ -24,8 +24,8 @@ class Ritz(NamedTuple):
         best: Shape ``(L, h, k)``: rows that combine the vectors into the unit vectors x at
             which |W x| is largest, the best first.
         images: Shape ``(L, h, k)``: rows that combine the products W x into unit vectors.
-        unknown: Shape ``(L, h)``: where ``images`` cannot be used. True for a matrix that is zero
-            or not finite, and in directions that it annihilates.
+        unknown: Shape ``(L, h)``: where ``images`` are noise, or not finite. True for a matrix that
+            is zero or not finite, and in directions that it annihilates.
     """
 
     sigma: Tensor
@@ -51,15 +51,13 @@ def rayleigh_ritz(gram: Tensor, image_gram: Tensor, n_best: int, dtype: torch.dt
     if gram.shape[-1] == 1:
         sigma = (image_gram / gram).sqrt()
         unknown = ~((sigma > info.tiny) & (sigma < math.inf))
-        images = sigma.masked_fill(unknown, 1).reciprocal()
-        return Ritz(sigma[..., 0], gram.rsqrt(), images, unknown[:, 0])
+        return Ritz(sigma[..., 0], gram.rsqrt(), sigma.reciprocal(), unknown[:, 0])
     best = _best(gram, image_gram, n_best)
     sigma = _forms(image_gram, best).sqrt_()
     # Whitening blows the rounding of the Gram matrices up by its inverse.
     faintest = max(1e3 * info.eps, 3e-5)
     unknown = ~(sigma > (faintest * sigma[:, :1]).clamp_(min=info.tiny))
-    images = best / sigma.masked_fill(unknown, 1)[..., None]
-    return Ritz(sigma, best, images, unknown)
+    return Ritz(sigma, best, best / sigma[..., None], unknown)
 
 
 def _best(gram: Tensor, image_gram: Tensor, n_best: int) -> Tensor:
@@ -81,9 +79,8 @@ def _best(gram: Tensor, image_gram: Tensor, n_best: int) -> Tensor:
     vectors = vectors[..., :n_best]
     best = torch.bmm(vectors.mT, whitening)
     # One, less what whitening took; near zero for directions that are noise, which stay short.
-    taken = torch.linalg.vector_norm(best, dim=-1).square_()
-    squares = torch.rsub(taken, 1, alpha=_WHITENING).clamp_(min=1e-2)
-    return best.mul_(squares.rsqrt_().copysign_(vectors.sum(-2))[..., None])
+    lengths = _forms(gram, best).clamp_(min=1e-2).sqrt_()
+    return best.div_(lengths.copysign_(vectors.sum(-2))[..., None])
 
 
 def _forms(matrices: Tensor, vectors: Tensor) -> Tensor:

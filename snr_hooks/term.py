@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,23 +17,12 @@ from snr_hooks.penalties import HALF_SQUARE
 from snr_hooks.sharding import local
 from snr_hooks.views import Adder
 
-
-class Prepared(NamedTuple):
-    """What the hook of a target needs: it adds lambda * psi'(sigma) u v^T.
-
-    Attributes:
-        written: What of the weight the term was computed from.
-        add: Adds a multiple of u v^T to a gradient.
-        slope: psi'(sigma).
-    """
-
-    written: "Written"
-    add: Adder
-    slope: float | Tensor
-
-
 Written = tuple[int, int]
 """What changes when a weight is written to, or its memory exchanged (``p.data =``)."""
+
+Prepared = tuple[Written, Adder, float | Tensor]
+"""What the hook of a target needs: what of the weight the term was computed from, what adds a
+multiple of u v^T to a gradient, and psi'(sigma)."""
 
 
 class SpectralTerm:
@@ -63,6 +52,7 @@ class SpectralTerm:
         """How many steps were taken, for what is scheduled."""
         self._optimizer = optimizer
         self._prepared: dict[str, Prepared] = {}
+        self._groups: list[list[int]] = []
         self._group_of: dict[int, int] = {}
         self.regrouped = False
         """Whether parameters have come or gone since this was last set to False."""
@@ -70,12 +60,12 @@ class SpectralTerm:
 
     def index_groups(self) -> None:
         """Look up which param group holds which parameter; note whether others are held."""
+        groups = [list(map(id, group["params"])) for group in self._optimizer.param_groups]
+        if groups == self._groups:  # as good as always
+            return
         before = self._group_of.keys()
-        self._group_of = {
-            id(parameter): i
-            for i, group in enumerate(self._optimizer.param_groups)
-            for parameter in group["params"]
-        }
+        self._groups = groups
+        self._group_of = {key: i for i, group in enumerate(groups) for key in group}
         self.regrouped |= self._group_of.keys() != before
 
     def holds(self, parameter: Tensor) -> bool:
@@ -89,17 +79,20 @@ class SpectralTerm:
             TypeError: The lambda that was chosen for it, or its param group's, is not a number.
             ValueError: It is negative or not finite.
         """
-        group = self._group(target.parameter)
-        return 0.0 if group is None else self._strength(target, group)
+        return abs(self._signed_strength(target))
 
-    def _strength(self, target: Target, group: dict[str, Any]) -> float:
+    def _signed_strength(self, target: Target) -> float:
+        """Return lambda, negative where the optimizer ascends; sigma is to shrink there, too."""
+        index = self._group_of.get(id(target.parameter))
+        if index is None:
+            return 0.0
+        group = self._optimizer.param_groups[index]
         chosen = target.strength
         value = group.get(STRENGTH, self.default) if chosen is None else chosen
-        if type(value) is float and 0 <= value < math.inf:  # as good as always, so spare the text
-            return value
-        if chosen is not None:
-            return self.now(chosen, f"lambda of {target.name!r}")
-        return self.now(value, f"{STRENGTH} of group {self._group_of[id(target.parameter)]}")
+        if type(value) is not float or not 0 <= value < math.inf:  # else spare the text
+            group_s = f"{STRENGTH} of group {index}"
+            value = self.now(value, group_s if chosen is None else f"lambda of {target.name!r}")
+        return -value if group.get("maximize") else value
 
     def now(self, strength: Strength, what: str) -> float:
         """Return lambda at this step."""
@@ -117,16 +110,11 @@ class SpectralTerm:
         cost less than one by one, and a hook finds the caches full of its gradient. A weight
         that was written to since then has them prepared again.
         """
-        group = self._group(target.parameter)
-        if group is None:
+        strength = self._signed_strength(target)
+        if not strength:
             return
-        strength = self._strength(target, group)
-        if strength == 0:
-            return
-        if group.get("maximize"):  # the optimizer ascends; sigma is to shrink there, too
-            strength = -strength
         prepared = self._prepared.get(target.name)
-        if prepared is None or prepared.written != _written(target.parameter):
+        if prepared is None or prepared[0] != _written(target.parameter):
             self._prepare(target)
             prepared = self._prepared[target.name]
         _, add, slope = prepared
@@ -140,16 +128,19 @@ class SpectralTerm:
     def _prepare(self, asking: Target) -> None:
         """Compute the terms of all targets that may be due in this step, as the weights are now."""
         due = [t for t in self.targets if t is asking or self._is_due(t)]
-        self._prepared = {
-            target.name: Prepared(_written(target.parameter), term.add, _slope(target, term.sigma))
-            for target, term in zip(due, self.estimator.advance(due), strict=True)
-        }
+        # Before the products, which fill the caches with other things.
+        written = [_written(target.parameter) for target in due]
+        terms = self.estimator.advance(due)
+        adders = [term.add for term in terms]
+        slopes = [_slope(target, term.sigma) for target, term in zip(due, terms, strict=True)]
+        names = [target.name for target in due]
+        self._prepared = dict(zip(names, zip(written, adders, slopes, strict=True), strict=True))
 
     def _is_due(self, target: Target) -> bool:
         size = target.view.observes
         if size is not None and size.value is None:  # no input has come by, nor will a gradient
             return False
-        return target.parameter.requires_grad and self.strength(target) > 0
+        return target.parameter.requires_grad and self._signed_strength(target) != 0
 
     def decay(self) -> Callable[[], None]:
         """Prepare to subtract lr * lambda times the terms of the weights as they are now.
