@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from snr_hooks.discovery import Target
@@ -136,16 +137,16 @@ class _HookedWeight:
         def before(grad: Tensor) -> None:
             if (weight := reference()) is None:
                 return
-            if torch.compiler.is_compiling():
+            if is_dynamo_compiling():
                 old = weight.parameter.grad
                 weight.traced_reset = None if old is None else ~old.any()
-            else:
+            elif not weight.pending:
                 weight.before_accumulation()
 
         def after(parameter: Tensor) -> None:
             if (weight := reference()) is None:
                 return
-            if torch.compiler.is_compiling():
+            if is_dynamo_compiling():
                 torch.ops.snr_hooks.accumulated(parameter.grad, weight.traced_reset, key)
             else:
                 weight.after_accumulation(parameter.grad)
@@ -173,8 +174,6 @@ class _HookedWeight:
     def before_accumulation(self) -> None:
         """Notice a gradient that was reset; look only, for autograd.grad comes here too."""
         self.looked = True
-        if self.pending:
-            return
         grad = self.parameter.grad
         if not self._untouched(grad):
             self.pending = grad is None or not bool(grad.any())
@@ -187,15 +186,11 @@ class _HookedWeight:
                 "another post-accumulate hook took it away (an optimizer in backward, say) before "
                 "the term was added; register that hook after wrapping"
             )
-        if not self.looked and self._last_grad is not None and self._last_grad() is not grad:
-            self.pending = True
+        if not (self.pending or self.looked):  # nothing can look before, under fully_shard
+            self.pending = self._last_grad is not None and self._last_grad() is not grad
         self.looked = False
         if self.pending:
-            if torch.is_grad_enabled():  # as create_graph=True leaves it
-                with torch.no_grad():
-                    self._add(grad)
-            else:  # to switch off what is off takes time
-                self._add(grad)
+            self._add(grad)
         self._last_grad, self._last_version = weakref.ref(grad), grad._version
 
     def _add(self, grad: Tensor) -> None:
@@ -206,7 +201,12 @@ class _HookedWeight:
                 stacklevel=2,
             )
             return
-        check_not_captured(grad)
+        if grad.is_cuda:
+            check_not_captured()
+        if torch.is_grad_enabled():  # as create_graph=True leaves it
+            with torch.no_grad():
+                self._add(grad)
+            return
         for target in self.targets:
             self._add_term(target, grad)
         self.pending = False
@@ -229,13 +229,13 @@ def _unhook(key: int, handles: list[RemovableHandle]) -> None:
         handle.remove()
 
 
-def check_not_captured(grad: Tensor) -> None:
+def check_not_captured() -> None:
     """Refuse to be recorded into a CUDA graph, whose replays would repeat one state forever.
 
     Raises:
         RuntimeError: A capture is under way.
     """
-    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "expected backward() outside of CUDA graph capture, found it inside: the term is due "
             "once a step and its products alternate between the sides, which a replay cannot do; "
