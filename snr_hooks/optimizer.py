@@ -173,7 +173,6 @@ class SNROptimizer(Optimizer):
         """Make what is neither copied nor pickled: the hooks, and their way out."""
         for name in _HOOK_DICTIONARIES:
             setattr(self, name, OrderedDict())
-        self._patch_step_function()
         self._hooks = GradientHooks(_add_nothing if self._decoupled else self._term.add)
         self._hooks.attach(self.targets)
         # Also when this object is dropped: a stale lambda must not outlive it in the groups
@@ -266,6 +265,18 @@ class SNROptimizer(Optimizer):
             RuntimeError: The model holds another parameter than the one that was wrapped.
             ValueError: The model has been sharded by FSDP1 since.
         """
+        # By hand, and not as torch wraps the step of every optimizer: that of the wrapped one is, and
+        # hooks for all optimizers would be called twice a step.
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            args, kwargs = pre_hook(self, args, kwargs) or (args, kwargs)
+        loss = SNROptimizer._step(*args, **kwargs)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
+        return loss
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         self._check_parameters()
         if closure is None and not self._decoupled:
             self._warn_of_foreign_gradients()

@@ -14,6 +14,10 @@ import torch
 from _models import build
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.optim.swa_utils import SWALR, AveragedModel
 
 from snr_hooks import SNROptimizer
@@ -150,6 +154,33 @@ def test_step_hooks_of_the_wrapper_run():
     assert state["extra"] == 1
     opt.load_state_dict(state)
     assert calls == ["pre", "post", "state", "load", "loaded"]
+
+
+def test_a_step_hook_may_give_the_step_another_closure():
+    model = build("mlp")
+    opt = wrap(model)
+    seen = []
+    opt.register_step_pre_hook(lambda opt, args, kwargs: ((opt,), {"closure": lambda: 7.0}))
+    opt.register_step_post_hook(lambda opt, args, kwargs: seen.append((args, [*kwargs])))
+    assert opt.step() == 7.0
+    assert seen == [((opt,), ["closure"])]
+
+
+def test_hooks_for_all_optimizers_run_once_a_step():
+    model = build("mlp")
+    opt = wrap(model)
+    stepped = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda opt, *_: stepped.append(opt)),
+        register_optimizer_step_post_hook(lambda opt, *_: stepped.append(opt)),
+    ]
+    try:
+        opt.step()
+        opt.step(lambda: 1.0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert stepped == [opt.optimizer] * 4
 
 
 def test_the_global_random_stream_is_not_touched():
