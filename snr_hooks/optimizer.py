@@ -265,8 +265,8 @@ class SNROptimizer(Optimizer):
             RuntimeError: The model holds another parameter than the one that was wrapped.
             ValueError: The model has been sharded by FSDP1 since.
         """
-        # By hand, and not as torch wraps the step of every optimizer: that of the wrapped one is, and
-        # hooks for all optimizers would be called twice a step.
+        # By hand, and not as torch wraps the step of every optimizer: as it wraps that of the
+        # wrapped one too, hooks for all optimizers would be called twice a step.
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
