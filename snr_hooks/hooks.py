@@ -24,6 +24,7 @@ The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients tha
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -101,20 +102,6 @@ class GradientHooks:
 class _HookedWeight:
     """The hooks and the flag of one weight, all of whose targets share the parameter."""
 
-    __slots__ = (
-        "__weakref__",
-        "_add_term",
-        "_last_grad",
-        "_last_version",
-        "_tensor",
-        "looked",
-        "parameter",
-        "pending",
-        "remove",
-        "targets",
-        "traced_reset",
-    )
-
     def __init__(self, targets: list[Target], add_term: AddTerm) -> None:
         self.pending = True
         self.targets = targets
@@ -186,8 +173,8 @@ class _HookedWeight:
                 "another post-accumulate hook took it away (an optimizer in backward, say) before "
                 "the term was added; register that hook after wrapping"
             )
-        if not (self.pending or self.looked):  # nothing can look before, under fully_shard
-            self.pending = self._last_grad is not None and self._last_grad() is not grad
+        if not self.looked and self._last_grad is not None and self._last_grad() is not grad:
+            self.pending = True
         self.looked = False
         if self.pending:
             self._add(grad)
@@ -201,14 +188,11 @@ class _HookedWeight:
                 stacklevel=2,
             )
             return
-        if grad.is_cuda:
-            check_not_captured()
-        if torch.is_grad_enabled():  # as create_graph=True leaves it
-            with torch.no_grad():
-                self._add(grad)
-            return
-        for target in self.targets:
-            self._add_term(target, grad)
+        check_not_captured(grad)
+        # create_graph=True leaves grad mode on; to switch off what is off takes time, too.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            for target in self.targets:
+                self._add_term(target, grad)
         self.pending = False
 
     def _untouched(self, grad: Tensor | None) -> bool:
@@ -229,13 +213,13 @@ def _unhook(key: int, handles: list[RemovableHandle]) -> None:
         handle.remove()
 
 
-def check_not_captured() -> None:
+def check_not_captured(grad: Tensor) -> None:
     """Refuse to be recorded into a CUDA graph, whose replays would repeat one state forever.
 
     Raises:
         RuntimeError: A capture is under way.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "expected backward() outside of CUDA graph capture, found it inside: the term is due "
             "once a step and its products alternate between the sides, which a replay cannot do; "

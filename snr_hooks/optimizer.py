@@ -270,7 +270,9 @@ class SNROptimizer(Optimizer):
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
-            args, kwargs = pre_hook(self, args, kwargs) or (args, kwargs)
+            result = pre_hook(self, args, kwargs)
+            if result is not None:
+                args, kwargs = result
         loss = SNROptimizer._step(*args, **kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, args, kwargs)

@@ -43,8 +43,7 @@ def times(matrix: Tensor, vectors: Tensor, out: Tensor) -> Product:
         A function without arguments.
     """
     (m, n), k = matrix.shape, len(vectors)
-    pays = matrix.is_cpu and matrix.is_contiguous() and matrix.numel() >= _SMALL
-    if k > _FEW and pays and m % _THIN == 0:
+    if k > _FEW and m % _THIN == 0 and _can_be_cut(matrix, _SMALL):
         slices = matrix.view(m // _THIN, _THIN, n).mT
         repeated = vectors.expand(m // _THIN, k, n)
         pieces = out.view(k, m // _THIN, _THIN).transpose(0, 1)
@@ -64,13 +63,17 @@ def transposed_times(matrix: Tensor, vectors: Tensor, out: Tensor) -> Product:
         A function without arguments.
     """
     (m, n), k = matrix.shape, len(vectors)
-    pays = matrix.is_cpu and matrix.is_contiguous() and matrix.numel() >= _LARGE
     thickness = next((rows for rows in _THICK if m % rows == 0), None)
-    if 1 < k <= _MANY and pays and thickness is not None:
+    if 1 < k <= _MANY and thickness is not None and _can_be_cut(matrix, _LARGE):
         slices = matrix.view(-1, thickness, n)
         pieces = vectors.view(k, -1, thickness).transpose(0, 1)
         return partial(_multiply_and_sum, pieces, slices, out)
     return partial(torch.mm, vectors, matrix, out=out)
+
+
+def _can_be_cut(matrix: Tensor, least: int) -> bool:
+    """Whether slices are views, on a CPU, of a matrix that is large enough to make it pay."""
+    return matrix.is_cpu and matrix.is_contiguous() and matrix.numel() >= least
 
 
 def _multiply_and_copy(vectors: Tensor, slices: Tensor, out: Tensor) -> None:

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +20,9 @@ from snr_hooks.views import Adder
 Written = tuple[int, int]
 """What changes when a weight is written to, or its memory exchanged (``p.data =``)."""
 
-
-class Lambda(NamedTuple):
-    """lambda of a target, as it was read from its param group.
-
-    Attributes:
-        group: The group; none of the optimizer's for a parameter that it does not hold.
-        entry: What the group said: as long as it says the same, there is no need to read on.
-        signed: lambda, negative where the optimizer ascends; sigma is to shrink there, too.
-    """
-
-    group: dict[str, Any]
-    entry: object
-    signed: float
-
-
-Prepared = tuple[Written, Lambda, Adder, float | Tensor]
-"""What the hook of a target needs: what of the weight the term was computed from, lambda, what adds
-a multiple of u v^T to a gradient, and psi'(sigma)."""
+Prepared = tuple[Written, Adder, float | Tensor]
+"""What the hook of a target needs: what of the weight the term was computed from, what adds a
+multiple of u v^T to a gradient, and psi'(sigma)."""
 
 
 class SpectralTerm:
@@ -94,22 +79,19 @@ class SpectralTerm:
             TypeError: The lambda that was chosen for it, or its param group's, is not a number.
             ValueError: It is negative or not finite.
         """
-        return abs(self._lambda(target).signed)
+        return abs(self._signed_strength(target))
 
-    def _lambda(self, target: Target) -> Lambda:
-        index = self._group_of.get(id(target.parameter))
-        if index is None:
-            return Lambda({}, None, 0.0)
-        group = self._optimizer.param_groups[index]
-        entry = group.get(STRENGTH)
-        value = target.strength
-        if value is None:
-            value = self.default if entry is None else entry
+    def _signed_strength(self, target: Target) -> float:
+        """Return lambda, negative where the optimizer ascends; sigma is to shrink there, too."""
+        group = self._group(target.parameter)
+        if group is None:
+            return 0.0
+        chosen = target.strength
+        value = group.get(STRENGTH, self.default) if chosen is None else chosen
         if type(value) is not float or not 0 <= value < math.inf:  # else spare the text
-            group_s = f"{STRENGTH} of group {index}"
-            chosen = target.strength is not None
-            value = self.now(value, f"lambda of {target.name!r}" if chosen else group_s)
-        return Lambda(group, entry, -value if group.get("maximize") else value)
+            group_s = f"{STRENGTH} of group {self._group_of[id(target.parameter)]}"
+            value = self.now(value, group_s if chosen is None else f"lambda of {target.name!r}")
+        return -value if group.get("maximize") else value
 
     def now(self, strength: Strength, what: str) -> float:
         """Return lambda at this step."""
@@ -127,18 +109,15 @@ class SpectralTerm:
         cost less than one by one, and a hook finds the caches full of its gradient. A weight
         that was written to since then has them prepared again.
         """
+        strength = self._signed_strength(target)
+        if not strength:
+            return
         prepared = self._prepared.get(target.name)
         if prepared is None or prepared[0] != _written(target.parameter):
-            if self._lambda(target).signed == 0:
-                return
             self._prepare(target)
             prepared = self._prepared[target.name]
-        _, lambda_, add, slope = prepared
-        if lambda_.group.get(STRENGTH) is not lambda_.entry:
-            lambda_ = self._lambda(target)
-            if lambda_.signed == 0:
-                return
-        factor = lambda_.signed * slope
+        _, add, slope = prepared
+        factor = strength * slope
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
         if grad.dtype is torch.float16:
@@ -147,26 +126,20 @@ class SpectralTerm:
 
     def _prepare(self, asking: Target) -> None:
         """Compute the terms of all targets that may be due in this step, as the weights are now."""
-        due, lambdas = self._due(asking)
+        due = [t for t in self.targets if t is asking or self._is_due(t)]
         # Before the products, which fill the caches with other things.
         written = [_written(target.parameter) for target in due]
-        names = [target.name for target in due]
         terms = self.estimator.advance(due)
         adders = [term.add for term in terms]
         slopes = [_slope(target, term.sigma) for target, term in zip(due, terms, strict=True)]
-        prepared = zip(written, lambdas, adders, slopes, strict=True)
-        self._prepared = dict(zip(names, prepared, strict=True))
+        names = [target.name for target in due]
+        self._prepared = dict(zip(names, zip(written, adders, slopes, strict=True), strict=True))
 
-    def _due(self, asking: Target | None = None) -> tuple[list[Target], list[Lambda]]:
-        """Return the targets that may be due in this step, and lambda of each."""
-        due, lambdas = [], []
-        for target in self.targets:
-            if target is asking or _may_have_gradient(target):
-                lambda_ = self._lambda(target)
-                if lambda_.signed:
-                    due.append(target)
-                    lambdas.append(lambda_)
-        return due, lambdas
+    def _is_due(self, target: Target) -> bool:
+        size = target.view.observes
+        if size is not None and size.value is None:  # no input has come by, nor will a gradient
+            return False
+        return target.parameter.requires_grad and self._signed_strength(target) != 0
 
     def decay(self) -> Callable[[], None]:
         """Prepare to subtract lr * lambda times the terms of the weights as they are now.
@@ -175,7 +148,7 @@ class SpectralTerm:
             A function that subtracts them from the weights that have a gradient by then, as
             AdamW decays weights (Loshchilov and Hutter 2019, algorithm 2, line 12).
         """
-        due, _ = self._due()
+        due = [t for t in self.targets if self._is_due(t)]
         terms = self.estimator.advance(due)
         changes = [self._change(*pair) for pair in zip(due, terms, strict=True)]
 
@@ -252,12 +225,6 @@ def _warn_of_underflow(target: Target, grad: Tensor, add: Adder, factor: float |
             "autocast",
             stacklevel=2,
         )
-
-
-def _may_have_gradient(target: Target) -> bool:
-    """Whether a weight is trained, and the input has come by that its view waits for, if any."""
-    size = target.view.observes
-    return target.parameter.requires_grad and (size is None or size.value is not None)
 
 
 def _written(parameter: Tensor) -> Written:

@@ -166,6 +166,14 @@ def test_a_step_hook_may_give_the_step_another_closure():
     assert seen == [((opt,), ["closure"])]
 
 
+def test_a_step_hook_that_returns_something_else_is_refused():
+    model = build("mlp")
+    opt = wrap(model)
+    opt.register_step_pre_hook(lambda *_: False)
+    with pytest.raises(TypeError):
+        opt.step()
+
+
 def test_hooks_for_all_optimizers_run_once_a_step():
     model = build("mlp")
     opt = wrap(model)
@@ -249,6 +257,24 @@ def test_lambda_is_read_for_every_term():
             (layer.weight * 0).sum().backward()
         for layer, strength, norm in zip((first, second), strengths, norms, strict=True):
             assert layer.weight.grad.norm().item() == pytest.approx(strength * norm, rel=1e-3)
+
+
+def test_lambda_is_read_from_the_groups_that_the_optimizer_has_by_then():
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    opt = wrap(torch.nn.ModuleList([first, second]))
+    (first.weight * 0).sum().backward()
+    opt.optimizer.param_groups = [{**opt.param_groups[0], "snr_lambda": 0.3}]
+    (second.weight * 0).sum().backward()
+    norm = torch.linalg.matrix_norm(second.weight, 2).item()
+    assert second.weight.grad.norm().item() == pytest.approx(0.3 * norm, rel=1e-3)
+
+
+def test_a_group_that_says_none_is_not_taken_for_one_that_says_nothing():
+    model = build("mlp")
+    opt = wrap(model)
+    opt.param_groups[0]["snr_lambda"] = None
+    with pytest.raises(TypeError, match="snr_lambda of group 0"):
+        model(model.example).sum().backward()
 
 
 def test_a_backward_that_reaches_weights_without_lambda_alone_computes_nothing(monkeypatch):

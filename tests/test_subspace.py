@@ -478,6 +478,18 @@ def test_rayleigh_ritz_finds_the_best_vector_of_a_span(k, n, seed):
     assert (matrix @ x[0]).norm().item() == pytest.approx(sigma, rel=1e-9)
 
 
+def test_directions_that_are_noise_stay_short():
+    row = torch.randn(1, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = (row / row.norm()).repeat(3, 1)  # one direction, three times
+    gram = (basis @ basis.T)[None]
+    ritz = rayleigh_ritz(gram, 4 * gram, 2, torch.float32)
+    assert ritz.sigma[0, 0].item() == pytest.approx(2, rel=1e-3)
+    assert ritz.unknown.tolist() == [[False, True]]
+    lengths = (ritz.best[0] @ basis).norm(dim=1)
+    assert lengths[0].item() == pytest.approx(1, rel=1e-3)
+    assert lengths[1] < 0.1
+
+
 def test_starting_vectors_depend_on_seed_and_name_and_leave_the_global_stream_alone():
     before = torch.get_rng_state()
     a = starting_vectors(3, 50, 0, "a")
