@@ -180,8 +180,7 @@ class EffectiveView:
     def matrix(self, weight: Tensor) -> Tensor:
         """Return what forward uses, as the inner view's matrix."""
         del weight
-        with torch.no_grad():
-            return self.view.matrix(self.function())
+        return self.view.matrix(self._value())
 
     def shape(self, weight: Tensor) -> tuple[int, ...]:
         """Return the shape of the matrix."""
@@ -191,12 +190,17 @@ class EffectiveView:
     def matvec(self, weight: Tensor, v: Tensor, out: Tensor) -> Product:
         """Prepare W v, W computed anew at every call."""
         del weight
-        return lambda: self.view.matvec(self.function(), v, out)()
+        return lambda: self.view.matvec(self._value(), v, out)()
 
     def rmatvec(self, weight: Tensor, u: Tensor, out: Tensor) -> Product:
         """Prepare W^T u, W computed anew at every call."""
         del weight
-        return lambda: self.view.rmatvec(self.function(), u, out)()
+        return lambda: self.view.rmatvec(self._value(), u, out)()
+
+    def _value(self) -> Tensor:
+        """Compute the tensor without a graph; a module may keep it, and train with it."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.function()
 
     def adder(self, weight: Tensor, u: Tensor, v: Tensor) -> Adder:
         """Prepare the addition of the term's vector-Jacobian product to a gradient.

@@ -134,11 +134,11 @@ class SubspaceIteration:
         batches = _batches(iterated, self._by_name(iterated))
         return self._with_exact(targets, self._iterated(batches))
 
-    @torch.no_grad()
     def _iterated(self, batches: "Sequence[_Batch]") -> list[Term]:
+        terms = _iterated(batches, self.n_products, self.tolerance)
         for batch in batches:
             batch.lean()
-        return _iterated(batches, self.n_products, self.tolerance)
+        return terms
 
     def _n_vectors(self, target: Target) -> int:
         """Return how many vectors each map of a weight has, half of them for singular values."""
@@ -493,13 +493,18 @@ class _Batch:
     def terms(self) -> Iterator[Term]:
         """Return the terms that the last step found."""
         right = not self._subspaces.next_is_right
-        sigmas = self._sigmas(self._subspaces.sigma)
+        sigmas = self._sigmas()
         return map(Term, sigmas, *self._pairs[right], self._adders[right])
 
-    def _sigmas(self, sigma: Tensor) -> Iterator[float | Tensor]:
-        """Give each weight its part of the singular values, ``(L, r)``."""
-        if all(self._plain):
-            return iter(sigma[:, 0].tolist() if sigma.is_cpu else sigma[:, 0].unbind())
+    def _sigmas(self) -> Iterator[float | Tensor]:
+        """Give each weight its singular values: numbers, or tensors that autograd can use."""
+        sigma = self._subspaces.sigma
+        all_plain = all(self._plain)
+        if all_plain and sigma.is_cpu:
+            return iter(sigma[:, 0].tolist())
+        sigma = sigma.clone()
+        if all_plain:
+            return iter(sigma[:, 0].unbind())
         parts = torch.split(sigma, self._subspaces.left.counts)
         return map(self._sigma, self._members, parts)
 
@@ -525,15 +530,13 @@ class _Batch:
         }
 
 
-@torch.no_grad()
 def _iterated(
     batches: "Sequence[_Batch]", n_products: int, tolerance: float = math.inf
 ) -> list[Term]:
     """Take some products with each weight and return the last terms, by target."""
     terms: dict[int, Term] = {}
-    with ExitStack() as stack:
-        for device_type in {batch.device.type for batch in batches}:
-            stack.enter_context(_without_autocast(device_type))
+    # Autograd takes a tenth of the time of small kernels, even of those that it does not record.
+    with torch.inference_mode(), _without_autocast({batch.device.type for batch in batches}):
         for _ in range(n_products):
             add_up([part for batch in batches for part in batch.multiply()])
             for batch in batches:
@@ -563,7 +566,7 @@ def _next_is_right(pair: Vectors) -> bool:
 
 @torch.no_grad()
 def _exact_term(target: Target) -> Term:
-    with _without_autocast(target.parameter.device.type):
+    with _without_autocast({target.parameter.device.type}):
         matrix = target.view.matrix(target.parameter.detach()).double()
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     if _is_plain(target):
@@ -581,11 +584,16 @@ def _at_least_float32(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def _without_autocast(device_types: Iterable[str]) -> AbstractContextManager[object]:
     """Autocast is still active in a hook when backward() runs inside its block."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()  # to switch off what is off takes time
+    available = filter(torch.amp.is_autocast_available, device_types)
+    enabled = [device_type for device_type in available if torch.is_autocast_enabled(device_type)]
+    if not enabled:
+        return nullcontext()  # to switch off what is off takes time
+    stack = ExitStack()
+    for device_type in enabled:
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
 
 
 def _is_of_size(target: Target, entry: object) -> bool:

@@ -24,7 +24,6 @@ The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients tha
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -189,10 +188,12 @@ class _HookedWeight:
             )
             return
         check_not_captured(grad)
-        # create_graph=True leaves grad mode on; to switch off what is off takes time, too.
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            for target in self.targets:
-                self._add_term(target, grad)
+        if torch.is_grad_enabled():  # as create_graph=True leaves it
+            with torch.no_grad():
+                self._add(grad)
+            return
+        for target in self.targets:
+            self._add_term(target, grad)
         self.pending = False
 
     def _untouched(self, grad: Tensor | None) -> bool:

@@ -36,14 +36,12 @@ class Part(NamedTuple):
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
-    if type(tensor) is nn.Parameter:  # asked for every weight and step, and most often this
-        return False
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part that this process holds; a tensor that is not sharded, as it is."""
-    if not is_sharded(tensor):
+    if type(tensor) is nn.Parameter or not is_sharded(tensor):  # most often the former
         return tensor
     part: Tensor = _dtensor(tensor).to_local()
     return part

@@ -19,9 +19,9 @@ tell that it was too low. ``rising`` says of which weights; two more steps of th
 on either side, until they raise it no more.
 
 What no product can tell is that a direction is missing in which none of the vectors has a part
-but for rounding, and the term presses down the others until it is the largest. So at the
-beginning of a step the last image of an odd number of vectors leans a little towards a fixed
-direction, which has a part in all but those that are orthogonal to it.
+but for rounding, and the term presses down the others until it is the largest. So at the end of
+a step the last image of an odd number of vectors leans a little towards a fixed direction, which
+has a part in all but those that are orthogonal to it.
 
 The module knows no layers. The vectors of all matrices lie in one tensor a side, and the small
 matrices of the Rayleigh-Ritz step are worked on for all weights at once: apart from the
@@ -75,7 +75,6 @@ class Subspaces:
         """Lower bounds of the largest singular values that the last step of each map found, in
         descending order, shape ``(L, r)``."""
         self._before = self.sigma[:, 0]
-        self._leans = False
         # A single vector is the best there is.
         images, best = slice(0, k // 2 or 1), slice(k - k // 2 if k > 1 else 0, None)
         self.pairs = {
@@ -106,12 +105,10 @@ class Subspaces:
 
         Only where there is one more of them than kept vectors, as with 3, 5, ... vectors. Of an
         even number the kept ones hold what the last image was before, and the step would choose
-        that. A single vector has to be the best. Once a step, also if the products of a step fail
-        and it is taken again.
+        that. A single vector has to be the best.
         """
         here = self.right if self.next_is_right else self.left
-        if len(here.images) > len(here.kept) > 0 and not self._leans:
-            self._leans = True
+        if len(here.images) > len(here.kept) > 0:
             here.images[-1].add_(here.direction, alpha=_LEANING)
 
     def step(self, weights: Sequence[int] | None = None) -> None:
@@ -139,7 +136,6 @@ class Subspaces:
         self._room.release()
         there.fill(ritz.unknown, of_there)
         self.next_is_right = not right
-        self._leans = False
         sigma = ritz.sigma[:, : k // 2 or 1]
         if maps is None:
             self.sigma = sigma

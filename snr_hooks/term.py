@@ -83,14 +83,15 @@ class SpectralTerm:
 
     def _signed_strength(self, target: Target) -> float:
         """Return lambda, negative where the optimizer ascends; sigma is to shrink there, too."""
-        group = self._group(target.parameter)
-        if group is None:
+        index = self._group_of.get(id(target.parameter))
+        if index is None:
             return 0.0
+        group = self._optimizer.param_groups[index]
         chosen = target.strength
         value = group.get(STRENGTH, self.default) if chosen is None else chosen
         if type(value) is not float or not 0 <= value < math.inf:  # else spare the text
-            group_s = f"{STRENGTH} of group {self._group_of[id(target.parameter)]}"
-            value = self.now(value, group_s if chosen is None else f"lambda of {target.name!r}")
+            of_group = f"{STRENGTH} of group {index}"
+            value = self.now(value, of_group if chosen is None else f"lambda of {target.name!r}")
         return -value if group.get("maximize") else value
 
     def now(self, strength: Strength, what: str) -> float:
@@ -126,7 +127,7 @@ class SpectralTerm:
 
     def _prepare(self, asking: Target) -> None:
         """Compute the terms of all targets that may be due in this step, as the weights are now."""
-        due = [t for t in self.targets if t is asking or self._is_due(t)]
+        due = self._due(asking)
         # Before the products, which fill the caches with other things.
         written = [_written(target.parameter) for target in due]
         terms = self.estimator.advance(due)
@@ -135,11 +136,26 @@ class SpectralTerm:
         names = [target.name for target in due]
         self._prepared = dict(zip(names, zip(written, adders, slopes, strict=True), strict=True))
 
-    def _is_due(self, target: Target) -> bool:
-        size = target.view.observes
-        if size is not None and size.value is None:  # no input has come by, nor will a gradient
-            return False
-        return target.parameter.requires_grad and self._signed_strength(target) != 0
+    def _due(self, asking: Target | None = None) -> list[Target]:
+        """Return the targets that may have a term in this step, and one that surely has."""
+        of_groups: dict[int | None, float] = {}
+        due = []
+        for target in self.targets:
+            size = target.view.observes
+            if target is asking:
+                due.append(target)
+            elif target.parameter.requires_grad and (size is None or size.value is not None):
+                # Otherwise no gradient will come.
+                if target.strength is None:  # as most: lambda is that of the group
+                    index = self._group_of.get(id(target.parameter))
+                    strength = of_groups.get(index)
+                    if strength is None:
+                        strength = of_groups[index] = self._signed_strength(target)
+                else:
+                    strength = self._signed_strength(target)
+                if strength:
+                    due.append(target)
+        return due
 
     def decay(self) -> Callable[[], None]:
         """Prepare to subtract lr * lambda times the terms of the weights as they are now.
@@ -148,7 +164,7 @@ class SpectralTerm:
             A function that subtracts them from the weights that have a gradient by then, as
             AdamW decays weights (Loshchilov and Hutter 2019, algorithm 2, line 12).
         """
-        due = [t for t in self.targets if self._is_due(t)]
+        due = self._due()
         terms = self.estimator.advance(due)
         changes = [self._change(*pair) for pair in zip(due, terms, strict=True)]
 

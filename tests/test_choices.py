@@ -694,6 +694,27 @@ def test_own_penalties():
     opt.remove()
 
 
+def slope_of_cubic(sigma):
+    sigma = sigma.detach().requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(cubic(sigma).sum(), sigma)[0]
+
+
+@pytest.mark.parametrize("choice", [{"top": 2}, {"view": "blocks"}])
+def test_the_derivative_of_a_penalty_may_come_from_autograd(choice):
+    grads = []
+    for derivative in (slope_of_cubic, torch.square):
+        model = many()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        choose = {"*": {"penalty": Penalty(cubic, derivative, "cubic"), **choice}}
+        opt = SNROptimizer(base, model, 0.3, choose=choose)
+        for target in opt.targets:
+            (target.parameter * 0).sum().backward()
+        grads.append([target.parameter.grad for target in opt.targets])
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     ("derivative", "error"),
     [(lambda s: 1.0, TypeError), (lambda s: s.sum(), ValueError), (lambda s: s / 0, ValueError)],

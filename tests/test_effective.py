@@ -365,6 +365,30 @@ def test_the_state_of_a_parametrization_does_not_move():
     assert not counting.frozen_part.training
 
 
+class Keeping(nn.Module):
+    """A parametrization that keeps what it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def forward(self, weight):
+        self.kept.append(2 * weight)
+        return self.kept[-1]
+
+
+def test_what_a_parametrization_keeps_can_be_trained_with():
+    layer = nn.Linear(3, 2)
+    parametrize.register_parametrization(layer, "weight", Keeping())
+    base = torch.optim.SGD(layer.parameters(), lr=0.1)
+    opt = SNROptimizer(base, layer, choose={"*": {"weight": "effective"}})
+    layer(torch.ones(1, 3)).square().sum().backward()
+    opt.spectral_norms()
+    kept = layer.parametrizations.weight[0].kept
+    assert len(kept) > 3
+    assert not any(tensor.is_inference() for tensor in kept)
+
+
 def test_an_effective_weight_in_half_precision():
     model = parametrizations.weight_norm(nn.Linear(8, 6)).bfloat16()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
