@@ -18,7 +18,7 @@ from snr_hooks.discovery import Target
 from snr_hooks.products import Product
 from snr_hooks.sharding import add_up, local
 from snr_hooks.subspace import Subspaces, starting_vectors
-from snr_hooks.views import Adder
+from snr_hooks.views import Adder, View
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,8 +59,15 @@ class Estimator(Protocol):
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the next terms, and keep what the ones after need."""
 
+    def again(self) -> bool:
+        """Use the last terms for one more step, in place of ``advance``, if that is to be done."""
+
     def peek(self, targets: Sequence[Target]) -> list[Term]:
         """Return the terms that ``advance`` would return, and change nothing."""
+
+    @property
+    def n_steps(self) -> int:
+        """For how many steps a term is used."""
 
     @property
     def n_products_taken(self) -> int:
@@ -90,6 +97,8 @@ class SubspaceIteration:
         seed: Seed of the starting vectors.
         vectors: Vectors to continue from, by parameter name.
     """
+
+    n_steps = 1
 
     def __init__(
         self,
@@ -127,6 +136,10 @@ class SubspaceIteration:
         terms = self._iterated(self._batches)
         self.n_products_taken += sum(batch.n_products for batch in self._batches) - before
         return self._with_exact(targets, terms)
+
+    def again(self) -> bool:
+        """Return that every step has new terms."""
+        return False
 
     def peek(self, targets: Sequence[Target]) -> list[Term]:
         """Return the terms that ``advance`` would return, and change nothing."""
@@ -271,7 +284,20 @@ class Held:
         self.n_steps = n_steps
         self._age = age
         self._terms = dict(terms or {})
-        self._versions: dict[str, object] = {}
+        self._versions: list[tuple[View, object]] = []
+        """What the held ones were made for, of the views that have versions."""
+
+    def again(self) -> bool:
+        """Use the held terms for one more step, unless their time is over."""
+        if self._is_over():
+            return False
+        self._age += 1
+        return True
+
+    def _is_over(self) -> bool:
+        return self._age % self.n_steps == 0 or any(
+            view.version != version for view, version in self._versions
+        )
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the held terms, or at the end of their time those of the estimator."""
@@ -279,7 +305,7 @@ class Held:
             terms = self.estimator.advance(targets)
             names = [target.name for target in targets]
             self._terms = dict(zip(names, terms, strict=True))
-            self._versions = {target.name: target.view.version for target in targets}
+            self._versions = _versions(targets)
             self._age = 0
         self._age += 1
         return [self._terms[target.name] for target in targets]
@@ -296,13 +322,9 @@ class Held:
         return self.estimator.n_products_taken
 
     def _is_due(self, targets: Sequence[Target]) -> bool:
-        if self._age % self.n_steps == 0:
-            return True
         held = (self._terms.get(target.name) for target in targets)
-        return any(
-            term is None
-            or term.u.device != target.parameter.device
-            or self._versions.get(target.name, target.view.version) != target.view.version
+        return self._is_over() or any(
+            term is None or term.u.device != target.parameter.device
             for term, target in zip(held, targets, strict=True)
         )
 
@@ -342,14 +364,24 @@ class Held:
             if isinstance(entry, Mapping) and "u" in entry and _is_of_size(target, entry):
                 terms[target.name], age = _checked_held(target, entry)
         restored = type(self)(estimator, self.n_steps, age, terms)
-        restored._versions = {name: t.view.version for t in targets if (name := t.name) in terms}
+        restored._versions = _versions(target for target in targets if target.name in terms)
         return restored
+
+
+def _versions(targets: Iterable[Target]) -> list[tuple[View, object]]:
+    views = [target.view for target in targets]
+    return [(view, view.version) for view in views if view.version is not None]
 
 
 class ExactSVD:
     """The top triplet of ``torch.linalg.svd`` in float64: slow, exact, without state."""
 
     n_products_taken = 0
+    n_steps = 1
+
+    def again(self) -> bool:
+        """Return that every step has new terms."""
+        return False
 
     def advance(self, targets: Sequence[Target]) -> list[Term]:
         """Return the exact terms."""

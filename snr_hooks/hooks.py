@@ -22,11 +22,11 @@ The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients tha
 """
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
+from weakref import WeakValueDictionary, finalize, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, strided
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
@@ -108,16 +108,16 @@ class _HookedWeight:
         self._add_term = add_term
         self.looked = False
         self.traced_reset: Tensor | None = None
-        self._last_grad: weakref.ref[Tensor] | None = None
+        self._last_grad: ref[Tensor] | None = None
         self._last_version = 0
         key = id(self.parameter)
         _hooked[key] = self
         self._tensor = self.parameter._cdata
-        self.remove = weakref.finalize(self, _unhook, key, self._register())
+        self.remove = finalize(self, _unhook, key, self._register())
         self.remove.atexit = False
 
     def _register(self) -> list[RemovableHandle]:
-        reference = weakref.ref(self)
+        reference = ref(self)
         parameter, key = self.parameter, id(self.parameter)
 
         def before(grad: Tensor) -> None:
@@ -172,26 +172,27 @@ class _HookedWeight:
                 "another post-accumulate hook took it away (an optimizer in backward, say) before "
                 "the term was added; register that hook after wrapping"
             )
-        if not self.looked and self._last_grad is not None and self._last_grad() is not grad:
-            self.pending = True
+        if not self.pending and not self.looked:
+            self.pending = self._last_grad is not None and self._last_grad() is not grad
         self.looked = False
         if self.pending:
             self._add(grad)
-        self._last_grad, self._last_version = weakref.ref(grad), grad._version
+        self._last_grad, self._last_version = ref(grad), grad._version
 
     def _add(self, grad: Tensor) -> None:
-        if grad.layout is not torch.strided:
+        if is_grad_enabled():  # as create_graph=True leaves it
+            with torch.no_grad():
+                self._add(grad)
+            return
+        if grad.layout is not strided:
             warnings.warn(
                 f"the gradient of {self.targets[0].name!r} is sparse ({grad.layout}); it is "
                 "not regularized: exclude it, or make its gradient dense",
                 stacklevel=2,
             )
             return
-        check_not_captured(grad)
-        if torch.is_grad_enabled():  # as create_graph=True leaves it
-            with torch.no_grad():
-                self._add(grad)
-            return
+        if grad.is_cuda:
+            check_not_captured()
         for target in self.targets:
             self._add_term(target, grad)
         self.pending = False
@@ -205,7 +206,7 @@ class _HookedWeight:
 
 # By id, not by parameter: a weak reference to a parameter would make
 # torch.utils.swap_tensors refuse it. A hooked weight keeps its parameter, so ids stay valid.
-_hooked: weakref.WeakValueDictionary[int, _HookedWeight] = weakref.WeakValueDictionary()
+_hooked: WeakValueDictionary[int, _HookedWeight] = WeakValueDictionary()
 
 
 def _unhook(key: int, handles: list[RemovableHandle]) -> None:
@@ -214,13 +215,13 @@ def _unhook(key: int, handles: list[RemovableHandle]) -> None:
         handle.remove()
 
 
-def check_not_captured(grad: Tensor) -> None:
+def check_not_captured() -> None:
     """Refuse to be recorded into a CUDA graph, whose replays would repeat one state forever.
 
     Raises:
         RuntimeError: A capture is under way.
     """
-    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "expected backward() outside of CUDA graph capture, found it inside: the term is due "
             "once a step and its products alternate between the sides, which a replay cannot do; "

@@ -471,7 +471,7 @@ class SNROptimizer(Optimizer):
         self.optimizer.load_state_dict(
             {key: value for key, value in state_dict.items() if key != STATE_KEY}
         )
-        self._term.estimator = estimator
+        self._term.replace(estimator)
         self._term.n_steps = self._term.n_steps if steps is None else steps
         self._term.outdate()
         for group, strength in zip(self.param_groups, strengths, strict=True):

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from snr_hooks.penalties import HALF_SQUARE
 from snr_hooks.sharding import local
 from snr_hooks.views import Adder
 
-Written = tuple[int, int]
-"""What changes when a weight is written to, or its memory exchanged (``p.data =``)."""
+Prepared = tuple[int | None, int, int, Adder, float | Tensor]
+"""What the hook of a target needs:
 
-Prepared = tuple[Written, Adder, float | Tensor]
-"""What the hook of a target needs: what of the weight the term was computed from, what adds a
-multiple of u v^T to a gradient, and psi'(sigma)."""
+- version and address of the weight that the term was computed from, which change when it is written
+  to or its memory exchanged (``p.data =``); no version if the term is used for several steps;
+- the index of its param group, for lambda;
+- what adds a multiple of u v^T to a gradient;
+- psi'(sigma), negative where the optimizer ascends, for sigma is to shrink there, too.
+"""
 
 
 class SpectralTerm:
@@ -52,20 +56,26 @@ class SpectralTerm:
         """How many steps were taken, for what is scheduled."""
         self._optimizer = optimizer
         self._prepared: dict[str, Prepared] = {}
-        self._groups: list[list[int]] = []
+        self._outdated = True
+        self._groups: list[list[Tensor]] = []
         self._group_of: dict[int, int] = {}
         self.regrouped = False
         """Whether parameters have come or gone since this was last set to False."""
         self.index_groups()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: nothing that is true of these weights alone."""
+        return self.__dict__ | {"_prepared": {}, "_groups": []}
+
     def index_groups(self) -> None:
         """Look up which param group holds which parameter; note whether others are held."""
-        groups = [list(map(id, group["params"])) for group in self._optimizer.param_groups]
-        if groups == self._groups:  # as good as always
-            return
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        if len(groups) == len(self._groups) and all(map(_same, groups, self._groups)):
+            return  # as good as always
         before = self._group_of.keys()
-        self._groups = groups
-        self._group_of = {key: i for i, group in enumerate(groups) for key in group}
+        self._prepared.clear()
+        self._groups = [list(group) for group in groups]
+        self._group_of = {id(p): i for i, group in enumerate(groups) for p in group}
         self.regrouped |= self._group_of.keys() != before
 
     def holds(self, parameter: Tensor) -> bool:
@@ -79,20 +89,18 @@ class SpectralTerm:
             TypeError: The lambda that was chosen for it, or its param group's, is not a number.
             ValueError: It is negative or not finite.
         """
-        return abs(self._signed_strength(target))
-
-    def _signed_strength(self, target: Target) -> float:
-        """Return lambda, negative where the optimizer ascends; sigma is to shrink there, too."""
         index = self._group_of.get(id(target.parameter))
-        if index is None:
-            return 0.0
-        group = self._optimizer.param_groups[index]
+        return 0.0 if index is None else self._strength_in(index, target)
+
+    def _strength_in(self, index: int, target: Target) -> float:
         chosen = target.strength
-        value = group.get(STRENGTH, self.default) if chosen is None else chosen
-        if type(value) is not float or not 0 <= value < math.inf:  # else spare the text
-            of_group = f"{STRENGTH} of group {index}"
-            value = self.now(value, of_group if chosen is None else f"lambda of {target.name!r}")
-        return -value if group.get("maximize") else value
+        value: Strength = self.default if chosen is None else chosen
+        if chosen is None:
+            value = self._optimizer.param_groups[index].get(STRENGTH, value)
+        if type(value) is float and 0 <= value < math.inf:  # as good as always; spare the text
+            return value
+        what = f"{STRENGTH} of group {index}" if chosen is None else f"lambda of {target.name!r}"
+        return self.now(value, what)
 
     def now(self, strength: Strength, what: str) -> float:
         """Return lambda at this step."""
@@ -110,31 +118,49 @@ class SpectralTerm:
         cost less than one by one, and a hook finds the caches full of its gradient. A weight
         that was written to since then has them prepared again.
         """
-        strength = self._signed_strength(target)
+        # Between the gradients of two layers, the caches forget nearly all of this: a call or a
+        # dictionary takes about a microsecond, a hundred times as long as in a loop.
+        prepared = self._prepared.get(target.name)
+        if (
+            self._outdated
+            or prepared is None
+            or (prepared[0] is not None and prepared[0] != target.parameter._version)
+            or prepared[1] != local(target.parameter).data_ptr()
+        ):
+            if not self.strength(target):
+                return
+            prepared = self._prepare(target)
+        _, _, index, add, slope = prepared
+        strength = self._strength_in(index, target)
         if not strength:
             return
-        prepared = self._prepared.get(target.name)
-        if prepared is None or prepared[0] != _written(target.parameter):
-            self._prepare(target)
-            prepared = self._prepared[target.name]
-        _, add, slope = prepared
         factor = strength * slope
         if self.scaler is not None:
             factor = factor * self._scale(self.scaler, grad.device).double()
-        if grad.dtype is torch.float16:
-            _warn_of_underflow(target, grad, add, factor)
         add(grad, factor)
 
-    def _prepare(self, asking: Target) -> None:
+    def _prepare(self, asking: Target) -> Prepared:
         """Compute the terms of all targets that may be due in this step, as the weights are now."""
+        prepared = self._prepared.get(asking.name)
+        in_place = prepared is not None and prepared[1] == local(asking.parameter).data_ptr()
+        if prepared is not None and self._outdated and in_place and self.estimator.again():
+            self._outdated = False
+            return prepared
         due = self._due(asking)
         # Before the products, which fill the caches with other things.
-        written = [_written(target.parameter) for target in due]
+        held = self.estimator.n_steps > 1
+        versions = [None if held else target.parameter._version for target in due]
+        addresses = [local(target.parameter).data_ptr() for target in due]
         terms = self.estimator.advance(due)
-        adders = [term.add for term in terms]
-        slopes = [_slope(target, term.sigma) for target, term in zip(due, terms, strict=True)]
-        names = [target.name for target in due]
-        self._prepared = dict(zip(names, zip(written, adders, slopes, strict=True), strict=True))
+        ascends = [group.get("maximize") for group in self._optimizer.param_groups]
+        self._prepared = {}
+        for target, term, version, address in zip(due, terms, versions, addresses, strict=True):
+            index = self._group_of[id(target.parameter)]
+            slope = _slope(target, term.sigma)
+            slope = -slope if ascends[index] else slope
+            self._prepared[target.name] = version, address, index, _adder(target, term), slope
+        self._outdated = False
+        return self._prepared[asking.name]
 
     def _due(self, asking: Target | None = None) -> list[Target]:
         """Return the targets that may have a term in this step, and one that surely has."""
@@ -150,9 +176,9 @@ class SpectralTerm:
                     index = self._group_of.get(id(target.parameter))
                     strength = of_groups.get(index)
                     if strength is None:
-                        strength = of_groups[index] = self._signed_strength(target)
+                        strength = of_groups[index] = self.strength(target)
                 else:
-                    strength = self._signed_strength(target)
+                    strength = self.strength(target)
                 if strength:
                     due.append(target)
         return due
@@ -188,7 +214,12 @@ class SpectralTerm:
         return partial(_add_, change)
 
     def outdate(self) -> None:
-        """Compute the terms anew when one is asked for next."""
+        """Begin a step: when a term is asked for next, compute the terms of this step."""
+        self._outdated = True
+
+    def replace(self, estimator: Estimator) -> None:
+        """Take the terms from another estimator."""
+        self.estimator = estimator
         self._prepared.clear()
 
     @staticmethod
@@ -201,6 +232,10 @@ class SpectralTerm:
             )
         # The public way to read the scale without a host synchronization.
         return scaler.scale(torch.ones((), device=device))
+
+
+def _same(group: list[Tensor], other: list[Tensor]) -> bool:
+    return len(group) == len(other) and all(map(is_, group, other))
 
 
 def _add_(change: Tensor, weight: Tensor) -> None:
@@ -225,8 +260,15 @@ def _of_largest(slope: Tensor, sigma: Tensor, n: int) -> Tensor:
     return torch.zeros_like(slope).put_(largest, slope.take(largest))
 
 
-def _warn_of_underflow(target: Target, grad: Tensor, add: Adder, factor: float | Tensor) -> None:
-    """Say so if nothing of a term is left in a float16 gradient.
+def _adder(target: Target, term: Term) -> Adder:
+    """Return what adds to a gradient, which has the dtype of the weight."""
+    if target.parameter.dtype is torch.float16:
+        return partial(_add_or_warn, target, term.add)
+    return term.add
+
+
+def _add_or_warn(target: Target, add: Adder, grad: Tensor, factor: float | Tensor) -> None:
+    """Add, and say so if nothing of a term is left in a float16 gradient.
 
     Reading the largest entry waits for the device; gradients of other dtypes are spared it.
     """
@@ -241,7 +283,4 @@ def _warn_of_underflow(target: Target, grad: Tensor, add: Adder, factor: float |
             "autocast",
             stacklevel=2,
         )
-
-
-def _written(parameter: Tensor) -> Written:
-    return parameter._version, local(parameter).data_ptr()
+    add(grad, factor)

@@ -480,6 +480,20 @@ def test_held_terms_of_operators_resume_in_a_new_optimizer():
     assert distance(model, other) == 0
 
 
+def test_held_terms_that_were_loaded_are_renewed_for_another_size():
+    model, other = conv(), conv()
+    options = {"choose": "operator", "lambda_": 0.1, "n_power_iterations": 0.125}
+    opt = SNROptimizer(OPTIMIZERS["adamw"](model.parameters()), model, **options)
+    steps_of(model, opt)
+    resumed = SNROptimizer(OPTIMIZERS["adamw"](other.parameters()), other, **options)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    [target] = resumed.targets
+    other.body[0](torch.randn(1, 2, 9, 11, dtype=torch.float64)).sum().backward()
+    age = resumed.state_dict()["snr_hooks"]["vectors"][target.name]["age"]
+    assert age == 1
+    assert target.view.size.value == (9, 11)
+
+
 def test_inputs_by_keyword_and_without_a_batch_are_observed():
     layer = nn.Conv2d(2, 3, 3)
     opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer, choose="operator")

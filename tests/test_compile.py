@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -220,19 +220,23 @@ def test_the_state_of_a_compiled_model_continues_in_a_bare_one():
 
 
 def test_cuda_graph_capture_is_refused(monkeypatch):
-    on_gpu = SimpleNamespace(is_cuda=True)  # stands for a gradient; no GPU is needed
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    check_not_captured(on_gpu)
+    check_not_captured()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="outside of CUDA graph capture, found it inside"):
-        check_not_captured(on_gpu)
-    check_not_captured(torch.ones(1))
+        check_not_captured()
 
 
-def test_every_term_asks_for_a_capture(monkeypatch):
-    seen = []
-    monkeypatch.setattr("snr_hooks.hooks.check_not_captured", seen.append)
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_every_term_on_a_gpu_asks_for_a_capture(monkeypatch, is_cuda):
+    # Stands for a gradient; no GPU is needed.
+    grad = Mock(is_cuda=is_cuda, layout=torch.strided, _version=0)
+    asked = Mock()
+    monkeypatch.setattr("snr_hooks.hooks.check_not_captured", asked)
     model = build("mlp")
     opt = SNROptimizer(sgd(model), model, 0.05)
-    model(model.example).sum().backward()
-    assert len(seen) == len(opt.targets)
+    for weight in opt._hooks._weights:
+        weight._add_term = Mock()
+        weight.after_accumulation(grad)
+        weight._add_term.assert_called_once()
+    assert asked.call_count == (len(opt.targets) if is_cuda else 0)

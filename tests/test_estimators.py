@@ -106,6 +106,20 @@ def test_a_weight_that_is_written_between_two_backwards_gets_the_term_of_what_it
     torch.testing.assert_close(weight.grad, LAMBDA * torch.outer(u, u @ weight.detach()))
 
 
+def test_a_weight_whose_memory_is_exchanged_gets_the_term_of_what_it_is():
+    layer = nn.Linear(6, 5, bias=False, dtype=torch.float64)
+    opt = SNROptimizer(sgd(layer), layer, LAMBDA)
+    backward(layer)
+    layer.zero_grad()
+    version = layer.weight._version
+    layer.weight.data = 3 * layer.weight.data
+    assert layer.weight._version == version
+    backward(layer)
+    opt.remove()
+    sigma = torch.linalg.matrix_norm(layer.weight, 2).item()
+    assert layer.weight.grad.norm().item() == pytest.approx(LAMBDA * sigma, rel=1e-3)
+
+
 def test_held_terms_are_those_of_the_step_in_which_they_were_computed():
     layer = nn.Linear(5, 4, bias=False, dtype=torch.float64)
     opt = SNROptimizer(
@@ -297,6 +311,89 @@ def test_a_term_computed_early_is_held_as_long_as_any_other():
     assert not torch.equal(grads[1], grads[2])
     for later in grads[3:]:
         assert torch.equal(grads[2], later)
+
+
+def test_in_between_held_terms_nothing_is_asked_for(monkeypatch):
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=0.125)
+    asked = []
+    advance = opt._term.estimator.advance
+    monkeypatch.setattr(opt._term.estimator, "advance", lambda t: (asked.append(t), advance(t))[1])
+    counts = []
+    for _ in range(9):
+        asked.clear()
+        train(model, opt, 1)
+        counts.append(len(asked))
+    assert counts == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_held_terms_have_the_lambda_of_the_group_that_holds_their_weight_by_now():
+    model = build("mlp")
+    opt = two_groups(model, 0.5, n_power_iterations=0.125)
+    first, second = (target.parameter for target in opt.targets)
+    opt.zero_grad()
+    (first * 0).sum().backward()
+    with_first = first.grad.clone()
+    opt.param_groups[:] = opt.param_groups[::-1]
+    opt.zero_grad()
+    ((first * 0).sum() + (second * 0).sum()).backward()
+    assert torch.equal(first.grad, with_first)
+    opt.param_groups[1]["snr_lambda"] *= 2
+    opt.zero_grad()
+    (first * 0).sum().backward()
+    assert torch.equal(first.grad, 2 * with_first)
+
+
+def test_held_terms_that_could_not_be_renewed_are_renewed_at_the_next_try(monkeypatch):
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=0.25)
+    train(model, opt, 2)
+    opt.zero_grad()
+    with monkeypatch.context() as patch:
+        patch.setattr(_Batch, "multiply", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            backward(model)
+    twin = copy.deepcopy(model)
+    weight = model.body[0].weight
+    weight.grad = None
+    with torch.no_grad():
+        weight.mul_(2)
+        twin.body[0].weight.mul_(2)
+    (weight * 0).sum().backward()
+    sigma = weight.grad.norm() / LAMBDA
+    exact = torch.linalg.matrix_norm(twin.body[0].weight, 2)
+    assert sigma.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+def test_held_terms_of_weights_that_were_moved_are_not_counted_twice():
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=0.125)
+    train(model, opt, 1)
+    for target in opt.targets:
+        target.parameter.data = target.parameter.data.clone()
+    train(model, opt, 1)
+    [age] = {int(entry["age"]) for entry in opt.state_dict()["snr_hooks"]["vectors"].values()}
+    assert age == 2
+
+
+def test_held_terms_are_those_of_the_state_that_was_loaded():
+    layer = nn.Linear(6, 5, bias=False)
+    opt = SNROptimizer(sgd(layer), layer, LAMBDA, n_power_iterations=0.125)
+    grads = []
+    for factor in (1, 3):
+        with torch.no_grad():
+            layer.weight.mul_(factor)
+        for _ in range(4):
+            opt.zero_grad()
+            backward(layer)
+            grads.append(layer.weight.grad.clone())
+            if len(grads) == 2:
+                state = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(state)
+    opt.zero_grad()
+    backward(layer)
+    assert torch.equal(layer.weight.grad, grads[0])
+    assert not torch.equal(layer.weight.grad, grads[-1])
 
 
 def test_a_saved_state_with_held_terms_is_a_snapshot():

@@ -11,7 +11,7 @@ from _models import build
 from _oracles import exact_terms
 
 from snr_hooks import SNROptimizer
-from snr_hooks.term import _warn_of_underflow
+from snr_hooks.term import _add_or_warn
 from snr_hooks.views import MatrixView
 
 LAMBDA = 0.05
@@ -131,4 +131,4 @@ def test_underflow_begins_at_half_the_smallest_float16(sign, side, share, lost):
     grad, u, v = torch.zeros(2, 2).half(), side * torch.ones(2), torch.ones(2)
     add = MatrixView().adder(grad, u, v)
     with pytest.warns(UserWarning, match="underflows") if lost else nullcontext():
-        _warn_of_underflow(SimpleNamespace(name="w"), grad, add, sign * share * 2**-25)
+        _add_or_warn(SimpleNamespace(name="w"), add, grad, sign * share * 2**-25)

@@ -269,6 +269,18 @@ def test_lambda_is_read_from_the_groups_that_the_optimizer_has_by_then():
     assert second.weight.grad.norm().item() == pytest.approx(0.3 * norm, rel=1e-3)
 
 
+def test_a_weight_that_the_optimizer_holds_no_more_gets_no_term():
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    opt = wrap(torch.nn.ModuleList([first, second]))
+    del opt.param_groups[0]["params"][2:]
+    opt.zero_grad()
+    for layer in (first, second):
+        layer.weight.grad = None
+        (layer.weight * 0).sum().backward()
+    assert first.weight.grad.any()
+    assert not second.weight.grad.any()
+
+
 def test_a_group_that_says_none_is_not_taken_for_one_that_says_nothing():
     model = build("mlp")
     opt = wrap(model)
