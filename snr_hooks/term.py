@@ -142,10 +142,11 @@ class SpectralTerm:
     def _prepare(self, asking: Target) -> Prepared:
         """Compute the terms of all targets that may be due in this step, as the weights are now."""
         prepared = self._prepared.get(asking.name)
-        in_place = prepared is not None and prepared[1] == local(asking.parameter).data_ptr()
-        if prepared is not None and self._outdated and in_place and self.estimator.again():
-            self._outdated = False
-            return prepared
+        if self._outdated and prepared is not None:
+            in_place = prepared[1] == local(asking.parameter).data_ptr()
+            if in_place and self.estimator.again():
+                self._outdated = False
+                return prepared
         due = self._due(asking)
         # Before the products, which fill the caches with other things.
         held = self.estimator.n_steps > 1
@@ -164,24 +165,11 @@ class SpectralTerm:
 
     def _due(self, asking: Target | None = None) -> list[Target]:
         """Return the targets that may have a term in this step, and one that surely has."""
-        of_groups: dict[int | None, float] = {}
-        due = []
-        for target in self.targets:
-            size = target.view.observes
-            if target is asking:
-                due.append(target)
-            elif target.parameter.requires_grad and (size is None or size.value is not None):
-                # Otherwise no gradient will come.
-                if target.strength is None:  # as most: lambda is that of the group
-                    index = self._group_of.get(id(target.parameter))
-                    strength = of_groups.get(index)
-                    if strength is None:
-                        strength = of_groups[index] = self.strength(target)
-                else:
-                    strength = self.strength(target)
-                if strength:
-                    due.append(target)
-        return due
+        return [
+            target
+            for target in self.targets
+            if target is asking or (_may_have_gradient(target) and self.strength(target))
+        ]
 
     def decay(self) -> Callable[[], None]:
         """Prepare to subtract lr * lambda times the terms of the weights as they are now.
@@ -232,6 +220,12 @@ class SpectralTerm:
             )
         # The public way to read the scale without a host synchronization.
         return scaler.scale(torch.ones((), device=device))
+
+
+def _may_have_gradient(target: Target) -> bool:
+    """Whether a weight is trained, and the input has come by that its view waits for, if any."""
+    size = target.view.observes
+    return target.parameter.requires_grad and (size is None or size.value is not None)
 
 
 def _same(group: list[Tensor], other: list[Tensor]) -> bool:
