@@ -172,7 +172,7 @@ class _HookedWeight:
                 "another post-accumulate hook took it away (an optimizer in backward, say) before "
                 "the term was added; register that hook after wrapping"
             )
-        if not self.pending and not self.looked:
+        if not (self.pending or self.looked):  # nothing can look before, under fully_shard
             self.pending = self._last_grad is not None and self._last_grad() is not grad
         self.looked = False
         if self.pending:

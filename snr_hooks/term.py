@@ -118,8 +118,8 @@ class SpectralTerm:
         cost less than one by one, and a hook finds the caches full of its gradient. A weight
         that was written to since then has them prepared again.
         """
-        # Between the gradients of two layers, the caches forget nearly all of this: a call or a
-        # dictionary takes about a microsecond, a hundred times as long as in a loop.
+        # Between the gradients of two layers the caches forget nearly all of this: a call takes
+        # about a microsecond, ten times as long as in a loop.
         prepared = self._prepared.get(target.name)
         if (
             self._outdated
