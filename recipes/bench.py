@@ -38,7 +38,10 @@ MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "vit_small_patch16_224": (64, 32, {"img_size": 64}),
     "vit_base_patch16_224": (64, 16, {"img_size": 64}),
 }
-"""Image size and batch size of the whole training step, and options of the model."""
+"""Image size and batch size of the whole training step on a CPU, and options of the model."""
+
+ON_GPU: tuple[int, int, dict[str, Any]] = (224, 256, {})
+"""The same on a GPU, where the step is under bfloat16 autocast."""
 
 SHORT = 4
 """Batch size of steps that are short. What is added to a step does not depend on the size of the
@@ -81,6 +84,19 @@ def measure(
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def kernels(function: Callable[[], object]) -> tuple[int, float]:
+    """Return how many kernels, copies and fills a function starts on the GPU, and their seconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        function()
+        _wait()
+    events = [e for e in recorded.key_averages() if e.device_type.name == "CUDA"]
+    return sum(e.count for e in events), sum(e.self_device_time_total for e in events) / 1e6
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def cycles(times: Sequence[float]) -> list[float]:
@@ -164,8 +180,23 @@ def own_work(
         floor, steps = cycles(times["floor"]), cycles(times["step"])
         ratios = [step / decay for decay, step in zip(floor, steps, strict=True)]
         found[name] = spread(ratios) | {"floor_ms": statistics.median(floor) * 1e3}
+        if _device(model).type == "cuda":
+            found[name]["on_device"] = _on_device(**functions)
         optimizer.remove()
     return found
+
+
+def _on_device(floor: Callable[[], None], step: Callable[[], None]) -> float:
+    """Return the time that kernels of a cycle take, over those of weight decay."""
+    return kernels(_cycle_of(step))[1] / kernels(_cycle_of(floor))[1]
+
+
+def _cycle_of(step: Callable[[], None]) -> Callable[[], None]:
+    def cycle() -> None:
+        for _ in range(CYCLE):
+            step()
+
+    return cycle
 
 
 def exact_work(model: nn.Module) -> float:
@@ -183,10 +214,12 @@ def exact_work(model: nn.Module) -> float:
 def power_penalty(model: nn.Module) -> Callable[[], Tensor]:
     """Return the penalty by autograd, with one power iteration a step on each weight."""
     targets = discover(model).targets
-    vectors = [torch.randn(target.view.shape(target.parameter)[1]) for target in targets]
+    device = _device(model)
+    lengths = [target.view.shape(target.parameter)[1] for target in targets]
+    vectors = [torch.randn(length, device=device) for length in lengths]
 
     def penalty() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device)
         for i, (_, parameter, view, *_) in enumerate(targets):
             matrix = view.matrix(parameter)
             with torch.no_grad():
@@ -213,7 +246,8 @@ def training_step(model: nn.Module, method: str, size: int, batch: int) -> Calla
     """Return a function that takes a whole training step with a method."""
     torch.manual_seed(0)
     model = copy.deepcopy(model)
-    penalty: Callable[[], Tensor] = lambda: torch.zeros(())  # noqa: E731
+    device = _device(model)
+    penalty: Callable[[], Tensor] = lambda: torch.zeros((), device=device)  # noqa: E731
     if method == "spectral_norm":
         for name, *_ in discover(model).targets:
             module, _, tensor = name.rpartition(".")
@@ -229,9 +263,12 @@ def training_step(model: nn.Module, method: str, size: int, batch: int) -> Calla
     if method in SETTINGS:
         optimizer = SNROptimizer(optimizer, model, STRENGTH, **SETTINGS[method])
     images, labels = torch.randn(batch, 3, size, size), torch.randint(1000, (batch,))
+    images, labels = images.to(device), labels.to(device)
 
     def step() -> float:
-        loss = nn.functional.cross_entropy(model(images), labels) + penalty()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss = loss + penalty()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -244,9 +281,13 @@ ADDED = ["weight decay", ECONOMICAL, DEFAULT, "penalty, power iteration"]
 """What is compared in short steps; in long ones that and more."""
 
 
+def _case(name: str, device: torch.device) -> tuple[int, int, dict[str, Any]]:
+    return ON_GPU if device.type == "cuda" else MODELS[name]
+
+
 def whole_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
     """Measure (b): what each method adds to a training step, in percent of the step."""
-    size, batch, _ = MODELS[name]
+    size, batch, _ = _case(name, _device(model))
     found = added((*ADDED, "spectral_norm"), model, size, batch, repetitions)
     base = found["none"]["milliseconds"]
     for method, entry in found.items():
@@ -260,7 +301,8 @@ def whole_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
 
 def short_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
     """Measure (b): what methods add to a step, in milliseconds and as shares of the penalty's."""
-    found = added(ADDED, model, MODELS[name][0], SHORT, 2 * repetitions)  # they are short
+    size, _, _ = _case(name, _device(model))
+    found = added(ADDED, model, size, SHORT, 2 * repetitions)  # they are short
     for method in ADDED:
         found[method]["share"] = found[method]["ratio"] / found[ADDED[-1]]["ratio"]
     return found
@@ -341,10 +383,8 @@ def memory(model: nn.Module, setting: dict[str, Any]) -> dict[str, float]:
         "operators": round(allocations.operators / CYCLE),
         "weights": len(weights),
     }
-    if torch.cuda.is_available():
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            step()
-        found["kernels"] = sum(event.count for event in recorded.key_averages())
+    if _device(model).type == "cuda":
+        found["kernels"] = round(kernels(_cycle_of(step))[0] / CYCLE)
     optimizer.remove()
     return found
 
@@ -359,16 +399,16 @@ def _tensors_alive() -> dict[int, int]:
 # --- (e) growth ---
 
 
-def growth(repetitions: int, largest: int) -> dict[str, Any]:
+def growth(repetitions: int, largest: int, device: torch.device) -> dict[str, Any]:
     """Measure (e): milliseconds a step by the number of parameters, and of weights."""
     by_parameters: dict[str, list[tuple[float, float]]] = {}
     for millions in (1, 3, 10, 30, 100, 300, 600):
         if millions <= largest:
             side = round((millions * 1e6 / 50) ** 0.5)
-            _grow(by_parameters, millions * 1e6, side, 50, repetitions)
+            _grow(by_parameters, millions * 1e6, _layers(50, side, device), repetitions)
     by_weights: dict[str, list[tuple[float, float]]] = {}
     for count in (10, 30, 100, 300, 500):
-        _grow(by_weights, count, 16, count, 3 * repetitions)
+        _grow(by_weights, count, _layers(count, 16, device), 3 * repetitions)
     slopes = {
         name: 1e3 * (points[-1][1] - points[0][1]) / (points[-1][0] - points[0][0])
         for name, points in by_weights.items()
@@ -380,10 +420,14 @@ def growth(repetitions: int, largest: int) -> dict[str, Any]:
     }
 
 
+def _layers(count: int, side: int, device: torch.device) -> nn.Module:
+    layers = [nn.Linear(side, side, bias=False, device=device) for _ in range(count)]
+    return nn.ModuleList(layers)
+
+
 def _grow(
-    points: dict[str, list[tuple[float, float]]], x: float, side: int, count: int, repetitions: int
+    points: dict[str, list[tuple[float, float]]], x: float, model: nn.Module, repetitions: int
 ) -> None:
-    model = nn.ModuleList([nn.Linear(side, side, bias=False) for _ in range(count)])
     for name in (ECONOMICAL, DEFAULT):
         optimizer = wrapped(model, SETTINGS[name])
         functions = {"weight decay": weight_decay(optimizer), name: hooked_step(optimizer)}
@@ -394,6 +438,15 @@ def _grow(
 
 
 # --- the report ---
+
+
+def machine(device: torch.device) -> str:
+    """Return what the figures depend on, besides the code."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {where}"
 
 
 def table(bench: dict[str, Any]) -> str:
@@ -408,10 +461,11 @@ def table(bench: dict[str, Any]) -> str:
         "|---" * (len(models) + 1) + "|",
     ]
     for name in next(iter(bench["own_work"].values()), {}):
-        cells = [
-            "{ratio:.2f} ({low:.2f}-{high:.2f})".format(**bench["own_work"][model][name])
-            for model in models
-        ]
+        cells = []
+        for entry in (bench["own_work"][model][name] for model in models):
+            cells.append("{ratio:.2f} ({low:.2f}-{high:.2f})".format(**entry))
+            if "on_device" in entry:
+                cells[-1] += f"; kernels alone {entry['on_device']:.2f}"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     cells = [f"{ratio:.0f} (once)" for ratio in bench["exact_work"].values()]
     lines.append("| exact SVD | " + " | ".join(cells) + " |")
@@ -458,8 +512,8 @@ def table(bench: dict[str, Any]) -> str:
             for name, value in bench["growth"]["microseconds_per_weight"].items()
         )
         lines += ["", f"(e) Microseconds for each additional small weight: {constants}."]
-    if not torch.cuda.is_available():
-        lines += ["", "No GPU: kernel launches and GPU times were not measured."]
+    if bench["device"] != "cuda":
+        lines += ["", "Measured on a CPU: kernel launches and times on a GPU are not known."]
     return "\n".join(lines) + "\n"
 
 
@@ -484,19 +538,38 @@ def _short_steps(measured: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _positive(text: str) -> int:
+    """Read an option; argparse turns the error into a message."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, found {text!r}")
+    return int(text)
+
+
+def _parts(text: str) -> str:
+    if not text or not set(text) <= set("abcde"):
+        raise argparse.ArgumentTypeError(f"expected letters from a to e, found {text!r}")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.bench", description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--repetitions", type=int, default=5, help=f"of {CYCLE} steps each")
-    parser.add_argument("--largest", type=int, default=600, help="millions of parameters in (e)")
-    parser.add_argument("--parts", default="abcde", help="which of (a) to (e)")
+    parser.add_argument("--repetitions", type=_positive, default=5, help=f"of {CYCLE} steps each")
+    parser.add_argument(
+        "--largest", type=_positive, default=600, help="millions of parameters in (e)"
+    )
+    parser.add_argument("--parts", type=_parts, default="abcde", help="which of (a) to (e)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options.output.mkdir(parents=True, exist_ok=True)
     bench: dict[str, Any] = {
-        "machine": f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "device": device.type,
+        "machine": machine(device),
         "own_work": {},
         "exact_work": {},
         "whole_step": {},
@@ -504,7 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "memory": {},
     }
     for name in tqdm(options.models):
-        model = timm.create_model(name, **MODELS[name][2])
+        model = timm.create_model(name, **_case(name, device)[2]).to(device)
         if "a" in options.parts:
             bench["own_work"][name] = own_work(model, SETTINGS, options.repetitions)
             bench["exact_work"][name] = exact_work(model)
@@ -518,7 +591,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bench["whole_step"][name] = whole_step(name, model, options.repetitions)
             bench["short_step"][name] = short_step(name, model, options.repetitions)
     if "e" in options.parts:
-        bench["growth"] = growth(max(options.repetitions // 2, 1), options.largest)
+        bench["growth"] = growth(max(options.repetitions // 2, 1), options.largest, device)
     (options.output / "bench.json").write_text(json.dumps(bench, indent=1))
     text = table(bench)
     (options.output / "bench.md").write_text(text)

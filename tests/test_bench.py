@@ -2,6 +2,8 @@
 
 import json
 import statistics
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -295,3 +297,71 @@ def test_the_table_of_short_steps_says_what_was_measured():
     lines = bench._short_steps({"x": found})
     assert "| none | 9 ms |" in lines
     assert f"| {DEFAULT} | +2.0 (+1.0 to +3.0); 0.25 |" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repetitions", "0"], "expected a positive whole number, found '0'"),
+        (["--largest", "some"], "expected a positive whole number, found 'some'"),
+        (["--parts", "af"], "expected letters from a to e, found 'af'"),
+        (["--parts", ""], "expected letters from a to e, found ''"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+)
+def test_options_that_would_measure_nothing_are_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([*arguments, "--output", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_kernels_are_what_runs_on_the_gpu(monkeypatch):
+    def event(device, count, microseconds):
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(device_type=kind, count=count, self_device_time_total=microseconds)
+
+    called = []
+    # The profiler lists the calls of the runtime, too, which run on the CPU.
+    events = [event("CUDA", 3, 20.0), event("CPU", 5, 0.0), event("CUDA", 1, 10.0)]
+    recorded = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(bench, "profile", lambda activities: nullcontext(recorded))
+    assert bench.kernels(lambda: called.append(1)) == (4, pytest.approx(30e-6))
+    assert called == [1]
+
+
+def test_time_of_kernels_is_that_of_a_cycle_over_weight_decay(monkeypatch):
+    steps = []
+
+    def kernels(cycle):
+        steps.clear()
+        cycle()
+        return len(steps), sum(steps)
+
+    monkeypatch.setattr(bench, "kernels", kernels)
+    found = bench._on_device(lambda: steps.append(2.0), lambda: steps.append(3.0))
+    assert found == pytest.approx(1.5)
+
+
+def test_the_table_has_what_was_measured_on_a_gpu():
+    entry = {"ratio": 9.0, "low": 8.0, "high": 10.0, "on_device": 1.25}
+    memory = {
+        "state_percent": 1.0,
+        "largest_temporary_percent": 2.0,
+        "operators": 3,
+        "weights": 4,
+        "kernels": 5,
+    }
+    measured = {
+        "device": "cuda",
+        "machine": "card",
+        "own_work": {"x": {"a": entry}},
+        "exact_work": {},
+        "whole_step": {},
+        "short_step": {},
+        "memory": {"x": {"a": memory}},
+    }
+    lines = bench.table(measured).splitlines()
+    assert "| a | 9.00 (8.00-10.00); kernels alone 1.25 |" in lines
+    assert "| a | 1.00 / 2.0; 3 / 4, 5 kernels |" in lines
+    assert "on a GPU are not known" not in lines[-1]
