@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recipes import bench, frontier
 from recipes.recipe import Recipe, RecipeError
@@ -67,6 +68,13 @@ def test_memory_is_the_same_when_measured_again():
     # The first makes an identity matrix that all wrappers share from then on.
     _, second, third = (bench.memory(model, {"n_vectors": 2}) for _ in range(3))
     assert second == third
+
+
+def test_fake_tensors_that_a_compiler_left_are_passed_over():
+    with FakeTensorMode():
+        fake = torch.empty(2, 3)
+    assert bench.memory(nn.Linear(20, 30), {})["weights"] == 1
+    assert fake.shape == (2, 3)
 
 
 def test_a_hooked_step_adds_every_term_once():
