@@ -1,6 +1,6 @@
 """Where a model holds its parameters, under the names of the model inside its wrappers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -64,13 +64,19 @@ def holders(model: nn.Module) -> list[list[Owned]]:
 
 def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
     """Return the parameter that a model holds under the name of a target, if any."""
+    parameters, attribute = slot(model, name) or ({}, "")
+    return parameters.get(attribute)
+
+
+def slot(model: nn.Module, name: str) -> tuple[Mapping[str, nn.Parameter | None], str] | None:
+    """Return the parameters of the module that holds a target, and the target's name there."""
     module, path = model, name.split(".")
     while len(path) > 1 or _wrapped_at(module):
         child = module._modules.get(_wrapped_at(module) or path.pop(0))
         if child is None:
             return None
         module = child
-    return module._parameters.get(path[0])
+    return module._parameters, path[0]
 
 
 def _wrapped_at(module: nn.Module) -> str | None:

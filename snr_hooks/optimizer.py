@@ -4,7 +4,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from snr_hooks.discovery import (
 )
 from snr_hooks.estimators import Estimator, ExactSVD, Held, SubspaceIteration
 from snr_hooks.hooks import GradientHooks
-from snr_hooks.modules import parameter_at
+from snr_hooks.modules import parameter_at, slot
 from snr_hooks.sharding import reshard
 from snr_hooks.term import SpectralTerm
 
@@ -182,6 +182,7 @@ class SNROptimizer(Optimizer):
         )
         self._withdraw_lambda.atexit = False
         self._frozen: list[nn.Parameter] = []
+        self._slots: list[tuple[Target, tuple[Mapping[str, nn.Parameter | None], str]]] = []
 
     # --- the wrapped optimizer, live ---
 
@@ -305,16 +306,17 @@ class SNROptimizer(Optimizer):
             self._adopt_targets()
 
     def _check_parameters(self) -> None:
-        """Refuse to go on with a parameter that the model does not use any more.
+        """Refuse to go on with a parameter that the model does not use any more, or not as it is.
 
-        A weight that got its term in this step was used, which spares it the search.
+        A weight that got its term in this step, and is where it was, is spared the search.
         """
         silent = self._hooks.silent()
-        if not silent:
+        moved = [t for t, (held, key) in self._slots if held.get(key) is not t.parameter]
+        if not (silent or moved):
             return
         check_sharding(self._model)
         reshard(self._model)
-        for target in silent:
+        for target in [*silent, *moved]:
             if parameter_at(self._model, target.parameter_name) is not target.parameter:
                 raise _replaced(target.name)
         for target in self._hooks.lost():
@@ -383,6 +385,7 @@ class SNROptimizer(Optimizer):
         self._withdraw_lambda()
         self._term.removed, self._term.targets = True, ()
         self._frozen.clear()
+        self._slots.clear()
 
     def _complete_groups(self) -> None:
         """Write the default lambda into groups without one, where users can see it."""
@@ -409,6 +412,7 @@ class SNROptimizer(Optimizer):
         names = known | {target.name for target in new}
         self.skipped = tuple(skip for skip in found.skipped if skip.name not in names)
         self._note_frozen()
+        self._note_slots()
         self._term.regrouped = False
 
     def _discover(self) -> Discovery:
@@ -431,6 +435,11 @@ class SNROptimizer(Optimizer):
             for found in linear_maps(self._model, self._selection[2])
             if self._term.holds(found.parameter) and not found.parameter.requires_grad
         ]
+
+    def _note_slots(self) -> None:
+        """Remember where modules hold the targets: reading that costs little in every step."""
+        slots = ((target, slot(self._model, target.parameter_name)) for target in self.targets)
+        self._slots[:] = [(target, place) for target, place in slots if place is not None]
 
     # --- checkpoints and copies ---
 
@@ -506,6 +515,7 @@ class SNROptimizer(Optimizer):
         self._set_up()
         if not self._removed:
             self._note_frozen()
+            self._note_slots()
 
     def __repr__(self) -> str:
         """Show what is regularized, how, and the wrapped optimizer."""
@@ -542,8 +552,8 @@ def _withdraw_lambda(optimizer: Optimizer, first_parameters: list[Tensor]) -> No
 def _replaced(name: str) -> RuntimeError:
     return RuntimeError(
         f"expected {name!r} to be the parameter that was wrapped, with its hooks, found "
-        "another in its place (a replaced layer, load_state_dict(assign=True), a "
-        "parametrization, sharding, materialization from meta and swap_tensors do that); "
+        "another or none in its place (a replaced layer, load_state_dict(assign=True), a "
+        "parametrization, pruning, sharding, materialization from meta and swap_tensors do that); "
         "nothing was changed: call remove(), then build the optimizer and the wrapper anew, "
         "after all that"
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from _models import build
 from torch import nn
+from torch.nn.utils import prune
 
 from snr_hooks import SNROptimizer, audit
 from snr_hooks.checks import checked_products
@@ -267,6 +268,43 @@ def test_a_parameter_that_was_replaced_stops_the_step(replace):
     for target, weight in zip(opt.targets, before, strict=True):
         assert torch.equal(target.parameter, weight)
     opt.remove()
+    opt.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity()),
+        nn.utils.spectral_norm,
+    ],
+    ids=["prune", "spectral_norm", "orthogonal", "parametrization", "old spectral_norm"],
+)
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+def test_a_parameter_that_is_trained_as_a_function_by_now_stops_the_step(change, copied):
+    """It still gets its gradient, but what its term presses down is not what forward applies."""
+    model, opt = trained()
+    if copied:
+        model, opt = copy.deepcopy((model, opt))
+    change(model.body[0])
+    opt.zero_grad()
+    model(model.example).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"expected 'body\.0\.weight' to be the parameter that"):
+        opt.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    opt.remove()
+    opt.step()
+
+
+def test_pruning_that_was_made_permanent_between_steps_is_fine():
+    model, opt = trained()
+    prune.l1_unstructured(model.body[0], "weight", amount=0.5)
+    prune.remove(model.body[0], "weight")
+    opt.zero_grad()
     opt.step()
 
 
