@@ -24,8 +24,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from recipes.data import Digits
+from recipes.frontier import errors
 from recipes.report import draw_bench
 from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS, Idle
 from snr_hooks import SNROptimizer, discover
@@ -126,11 +129,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # --- (a) the term alone ---
 
 
-def wrapped(model: nn.Module, setting: dict[str, Any]) -> SNROptimizer:
+def wrapped(model: nn.Module, setting: dict[str, Any], strength: float = STRENGTH) -> SNROptimizer:
     """Wrap an optimizer that does nothing, and give every weight a gradient."""
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    return SNROptimizer(Idle(model.parameters()), model, STRENGTH, **setting)
+    return SNROptimizer(Idle(model.parameters()), model, strength, **setting)
 
 
 def hooked_step(optimizer: SNROptimizer) -> Callable[[], None]:
@@ -438,6 +441,68 @@ def _grow(
         optimizer.remove()
 
 
+# --- (f) along a training ---
+
+TRAININGS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "sgd, 0.1": lambda model: torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True
+    ),
+    "adamw, 0.001": lambda model: torch.optim.AdamW(model.parameters(), lr=0.001),
+}
+"""Optimizers and learning rates."""
+
+
+def along_training(
+    model: nn.Module, create: Callable[[nn.Module], torch.optim.Optimizer], size: int, n_cycles: int
+) -> dict[str, float]:
+    """Measure (f): (a) for the default, while its term regularizes a training on digits.
+
+    There weights move, and it takes the more products with them the further they do.
+
+    Args:
+        model: The model; it is not changed.
+        create: Makes the optimizer.
+        size: Of the images, in pixels.
+        n_cycles: How long to train, in cycles of steps of 16 images.
+
+    Returns:
+        The ratio, as in (a), over all cycles; products with a weight in a step; median and worst
+        error of sigma in percent, over the weights at the end.
+    """
+    torch.manual_seed(0)
+    model = copy.deepcopy(model)
+    images, labels = (part.to(_device(model)) for part in _digits(size))
+    optimizer, training = wrapped(model, SETTINGS[DEFAULT], strength=0.01), create(model)
+    floor, step = weight_decay(optimizer), hooked_step(optimizer)
+    times: Times = {"floor": [], "step": []}
+    for _ in range(CYCLE * n_cycles):
+        chosen = torch.randint(len(images), (16,)).to(images.device)
+        loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+        # Which leaves the hooks alone: they are called below.
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(gradient)
+        for name, taken in measure({"floor": floor, "step": step}, 1, warm_up=0).items():
+            times[name] += taken
+        training.step()
+    products = optimizer.n_products_taken / (CYCLE * n_cycles * len(optimizer.targets))
+    deviations = errors(optimizer.spectral_norms(), model)
+    pairs = zip(cycles(times["floor"]), cycles(times["step"]), strict=True)
+    return spread([step / decay for decay, step in pairs]) | {
+        "products": products,
+        "median_error": 100 * statistics.median(deviations),
+        "worst_error": 100 * max(deviations),
+    }
+
+
+def _digits(size: int) -> tuple[Tensor, Tensor]:
+    """Return images of a size, shape ``(N, 3, size, size)``, from -1 to 1, and labels."""
+    digits = Digits("train")
+    images = torch.stack([pil_to_tensor(image) for image in digits.images]).float()
+    return nn.functional.interpolate(images / 127.5 - 1, size), torch.tensor(digits.labels)
+
+
 # --- the report ---
 
 
@@ -507,6 +572,8 @@ def table(bench: dict[str, Any]) -> str:
             if "kernels" in entry:
                 cells[-1] += f", {entry['kernels']} kernels"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if bench["in_training"]:
+        lines += _trainings(bench["in_training"])
     if "growth" in bench:
         constants = ", ".join(
             f"{name} {value:.1f}"
@@ -539,6 +606,25 @@ def _short_steps(measured: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _trainings(measured: dict[str, Any]) -> list[str]:
+    """Return the table of (f)."""
+    lines = [
+        "",
+        f"(f) As (a), of {DEFAULT}, over cycles of a training on digits: ratio; products with a "
+        "weight in a step; median / worst error of sigma at the end in percent:",
+        "",
+        "| | " + " | ".join(measured) + " |",
+        "|---" * (len(measured) + 1) + "|",
+    ]
+    form = (
+        "{ratio:.2f} ({low:.2f}-{high:.2f}); {products:.2f}; {median_error:.2g} / {worst_error:.2g}"
+    )
+    for name in TRAININGS:
+        cells = [form.format(**found[name]) for found in measured.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def _positive(text: str) -> int:
     """Read an option; argparse turns the error into a message."""
     if not text.isdecimal() or not int(text):
@@ -547,8 +633,8 @@ def _positive(text: str) -> int:
 
 
 def _parts(text: str) -> str:
-    if not text or not set(text) <= set("abcde"):
-        raise argparse.ArgumentTypeError(f"expected letters from a to e, found {text!r}")
+    if not text or not set(text) <= set("abcdef"):
+        raise argparse.ArgumentTypeError(f"expected letters from a to f, found {text!r}")
     return text
 
 
@@ -560,7 +646,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--largest", type=_positive, default=600, help="millions of parameters in (e)"
     )
-    parser.add_argument("--parts", type=_parts, default="abcde", help="which of (a) to (e)")
+    parser.add_argument(
+        "--parts",
+        type=_parts,
+        default="abcdef",
+        help="a: the term alone; b: what it adds to a step; c, d: memory, operators and kernels; "
+        "e: growth; f: the term alone while a model is trained",
+    )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
     )
@@ -576,6 +668,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "whole_step": {},
         "short_step": {},
         "memory": {},
+        "in_training": {},
     }
     for name in tqdm(options.models):
         model = timm.create_model(name, **_case(name, device)[2]).to(device)
@@ -591,6 +684,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 parameter.grad = None
             bench["whole_step"][name] = whole_step(name, model, options.repetitions)
             bench["short_step"][name] = short_step(name, model, options.repetitions)
+        if "f" in options.parts:
+            size, _, _ = _case(name, device)
+            bench["in_training"][name] = {
+                title: along_training(model, create, size, 2 * options.repetitions)
+                for title, create in TRAININGS.items()
+            }
     if "e" in options.parts:
         bench["growth"] = growth(max(options.repetitions // 2, 1), options.largest, device)
     (options.output / "bench.json").write_text(json.dumps(bench, indent=1))

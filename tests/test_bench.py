@@ -1,5 +1,6 @@
 """The benchmark and the frontier at toy size: what they report is what was measured."""
 
+import copy
 import json
 import statistics
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from recipes import bench, frontier
 from recipes.recipe import Recipe, RecipeError
 from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS
-from snr_hooks import SNROptimizer, discover
+from snr_hooks import SNROptimizer, discover, spectra
 
 
 @pytest.fixture
@@ -53,14 +54,14 @@ def test_the_whole_benchmark_runs_and_writes_its_report(tiny, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", "abcde")
+@pytest.mark.parametrize("part", "abcdef")
 def test_parts_can_be_measured_alone(part, tiny, tmp_path):
     options = ["--repetitions", "1", "--largest", "1", "--models", "test_resnet"]
     bench.main([*options, "--parts", part, "--output", str(tmp_path)])
     result = json.loads((tmp_path / "bench.json").read_text())
-    found = {key for key in ("own_work", "whole_step", "memory", "growth") if result.get(key)}
-    expected = {"a": "own_work", "b": "whole_step", "c": "memory", "d": "memory", "e": "growth"}
-    assert found == {expected[part]}
+    expected = ["own_work", "whole_step", "memory", "memory", "growth", "in_training"]
+    found = {key for key in expected if result.get(key)}
+    assert found == {expected["abcdef".index(part)]}
 
 
 def test_memory_is_the_same_when_measured_again():
@@ -312,8 +313,8 @@ def test_the_table_of_short_steps_says_what_was_measured():
     [
         (["--repetitions", "0"], "expected a positive whole number, found '0'"),
         (["--largest", "some"], "expected a positive whole number, found 'some'"),
-        (["--parts", "af"], "expected letters from a to e, found 'af'"),
-        (["--parts", ""], "expected letters from a to e, found ''"),
+        (["--parts", "ag"], "expected letters from a to f, found 'ag'"),
+        (["--parts", ""], "expected letters from a to f, found ''"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
@@ -368,8 +369,52 @@ def test_the_table_has_what_was_measured_on_a_gpu():
         "whole_step": {},
         "short_step": {},
         "memory": {"x": {"a": memory}},
+        "in_training": {},
     }
     lines = bench.table(measured).splitlines()
     assert "| a | 9.00 (8.00-10.00); kernels alone 1.25 |" in lines
     assert "| a | 1.00 / 2.0; 3 / 4, 5 kernels |" in lines
     assert "on a GPU are not known" not in lines[-1]
+
+
+def test_along_a_training_the_weights_move_under_the_term(monkeypatch):
+    times = {"floor": [0.5], "step": [2.0]}
+
+    def measure(functions, repetitions, warm_up):
+        assert (repetitions, warm_up) == (1, 0)
+        for function in functions.values():
+            function()
+        return times
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "CYCLE", 2)  # rounding grows from step to step
+    made = []
+
+    def create(model):
+        made.append(model)
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    model = timm.create_model("test_resnet")
+    before = [p.clone() for p in model.parameters()]
+    found = bench.along_training(model, create, 32, 2)
+    assert all(map(torch.equal, model.parameters(), before))
+    twin = copy.deepcopy(model)  # trained likewise, in the usual loop
+    optimizer = SNROptimizer(torch.optim.SGD(twin.parameters(), lr=0.1), twin, 0.01)
+    torch.manual_seed(0)
+    images, labels = bench._digits(32)
+    for parameter in twin.parameters():  # the same random numbers
+        torch.randn_like(parameter)
+    for _ in range(4):
+        chosen = torch.randint(len(images), (16,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(twin(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+    for moved, expected in zip(made[0].parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-4)
+    assert found["ratio"] == 4
+    assert found["products"] == optimizer.n_products_taken / 4 / len(optimizer.targets) > 1
+    norms = optimizer.spectral_norms()
+    exact = {name: float(values[0]) for name, values in spectra(twin).items()}
+    deviations = [100 * abs(1 - norms[name] / exact[name]) for name in norms]
+    assert found["worst_error"] == pytest.approx(max(deviations), rel=0.1, abs=1e-3)
+    assert found["median_error"] == pytest.approx(statistics.median(deviations), rel=0.2, abs=1e-3)
