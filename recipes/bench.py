@@ -43,6 +43,9 @@ MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 """Image size and batch size of the whole training step on a CPU, and options of the model."""
 
+OTHERS: tuple[int, int, dict[str, Any]] = (224, 8, {})
+"""The same for other models."""
+
 ON_GPU: tuple[int, int, dict[str, Any]] = (224, 256, {})
 """The same on a GPU, where the step is under bfloat16 autocast."""
 
@@ -285,7 +288,7 @@ ADDED = ["weight decay", ECONOMICAL, DEFAULT, "penalty, power iteration"]
 
 
 def _case(name: str, device: torch.device) -> tuple[int, int, dict[str, Any]]:
-    return ON_GPU if device.type == "cuda" else MODELS[name]
+    return ON_GPU if device.type == "cuda" else MODELS.get(name, OTHERS)
 
 
 def whole_step(name: str, model: nn.Module, repetitions: int) -> dict[str, Any]:
@@ -444,12 +447,15 @@ def _grow(
 # --- (f) along a training ---
 
 TRAININGS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "sgd, 0.1": lambda model: torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, nesterov=True
-    ),
+    "sgd, 0.01": lambda model: _sgd(model, 0.01),
+    "sgd, 0.1": lambda model: _sgd(model, 0.1),
     "adamw, 0.001": lambda model: torch.optim.AdamW(model.parameters(), lr=0.001),
 }
 """Optimizers and learning rates."""
+
+
+def _sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
 
 
 def along_training(
@@ -467,7 +473,7 @@ def along_training(
 
     Returns:
         The ratio, as in (a), over all cycles; products with a weight in a step; median and worst
-        error of sigma in percent, over the weights at the end.
+        error of sigma in percent, over the weights at the end. Nothing if the training diverged.
     """
     torch.manual_seed(0)
     model = copy.deepcopy(model)
@@ -486,6 +492,8 @@ def along_training(
         for name, taken in measure({"floor": floor, "step": step}, 1, warm_up=0).items():
             times[name] += taken
         training.step()
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        return {}
     products = optimizer.n_products_taken / (CYCLE * n_cycles * len(optimizer.targets))
     deviations = errors(optimizer.spectral_norms(), model)
     pairs = zip(cycles(times["floor"]), cycles(times["step"]), strict=True)
@@ -620,7 +628,9 @@ def _trainings(measured: dict[str, Any]) -> list[str]:
         "{ratio:.2f} ({low:.2f}-{high:.2f}); {products:.2f}; {median_error:.2g} / {worst_error:.2g}"
     )
     for name in TRAININGS:
-        cells = [form.format(**found[name]) for found in measured.values()]
+        cells = [
+            form.format(**found[name]) if found[name] else "diverged" for found in measured.values()
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -632,6 +642,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _model(text: str) -> str:
+    if text.partition(".")[0] not in timm.list_models():
+        raise argparse.ArgumentTypeError(f"expected the name of a timm model, found {text!r}")
+    return text
+
+
 def _parts(text: str) -> str:
     if not text or not set(text) <= set("abcdef"):
         raise argparse.ArgumentTypeError(f"expected letters from a to f, found {text!r}")
@@ -641,7 +657,9 @@ def _parts(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.bench", description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument(
+        "--models", nargs="+", type=_model, default=list(MODELS), help="any of timm's"
+    )
     parser.add_argument("--repetitions", type=_positive, default=5, help=f"of {CYCLE} steps each")
     parser.add_argument(
         "--largest", type=_positive, default=600, help="millions of parameters in (e)"
@@ -656,7 +674,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"))
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/bench"),
+        help="folder, whose bench.json, bench.md and bench.png are replaced: figures of several "
+        "runs do not compare",
+    )
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""The benchmark and the frontier at toy size: what they report is what was measured."""
+"""The benchmark at toy size: what it reports is what was measured, of what it says."""
 
 import copy
 import json
 import statistics
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -12,10 +13,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from recipes import bench, frontier
-from recipes.recipe import Recipe, RecipeError
+from recipes import bench, report
 from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS
-from snr_hooks import SNROptimizer, discover, spectra
+from snr_hooks import SNROptimizer, spectra
 
 
 @pytest.fixture
@@ -137,79 +137,6 @@ def test_operators_outside_products_do_not_grow_with_the_number_of_weights():
     assert counts[1] - counts[0] <= 20 * 6
 
 
-def test_a_watcher_sees_what_the_hooks_would_use():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
-    watcher = frontier.Watcher(model, {"n_vectors": 1})
-    twin = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, n_vectors=1)
-    for _ in range(4):
-        watcher.follow(model)
-        assert watcher.optimizer.spectral_norms() == twin.spectral_norms()
-        watcher.advance()
-        twin.zero_grad()
-        (sum(p.sum() for p in model.parameters()) * 0).backward()
-        twin.step()
-        with torch.no_grad():
-            for p in model.parameters():
-                p += 0.01 * torch.randn_like(p)
-
-
-def test_errors_are_relative_to_the_exact_norm():
-    model = nn.Linear(2, 2, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(torch.diag(torch.tensor([4.0, 1.0])))
-    [target] = discover(model).targets
-    assert frontier.errors({target.name: 3.0}, model) == [pytest.approx(0.25)]
-    assert frontier.errors({target.name: 5.0}, model) == [pytest.approx(0.25)]  # held too long
-    assert frontier.summary([[0.0, 0.1], [0.2, 0.3]]) == pytest.approx(
-        {"median": 15, "p95": 28.5, "worst": 30}
-    )
-
-
-def test_the_frontier_runs_goes_on_and_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(frontier, "TRAININGS", [("digits", "sgd", 0.1)])
-    monkeypatch.setattr(frontier, "read", lambda name: {"data": name, "subset": 256, "epochs": 2})
-    monkeypatch.setattr(frontier, "SETTINGS", {key: SETTINGS[key] for key in (ECONOMICAL, DEFAULT)})
-    monkeypatch.setattr(frontier, "DRIVERS", [ECONOMICAL])
-    costs = {key: {"ratio": 1.5 + i} for i, key in enumerate((ECONOMICAL, DEFAULT, "of old"))}
-    (tmp_path / "bench.json").write_text(
-        json.dumps({"own_work": {"resnet18": costs}, "exact_work": {"resnet18": 700.0}})
-    )
-    arguments = ["--output", str(tmp_path / "out"), "--bench", str(tmp_path / "bench.json")]
-    frontier.main(arguments)
-    path = tmp_path / "out" / "digits-sgd-0.1.json"
-    result = json.loads(path.read_text())
-    assert result["watching"].keys() == {ECONOMICAL, DEFAULT}
-    assert result["driving"].keys() == {ECONOMICAL}
-    assert len(result["loss"]["exact SVD"]) == 2
-    assert "digits-sgd-0.1" in capsys.readouterr().out
-    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    # Only what is missing is run again.
-    del result["driving"][ECONOMICAL]
-    path.write_text(json.dumps(result))
-    monkeypatch.setattr(frontier, "watch", lambda *_: pytest.fail("ran again"))
-    frontier.main(arguments)
-    assert json.loads(path.read_text())["driving"].keys() == {ECONOMICAL}
-    with pytest.raises(RecipeError, match=r"expected trainings of 3 epochs in .*, found 2: take"):
-        frontier.main([*arguments, "--epochs", "3"])
-
-
-def test_the_frontier_wants_a_training_that_there_is(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        frontier.main(["--only", "mnist", "--output", str(tmp_path / "out")])
-    assert "expected --only to be a part of digits-sgd-0.01, " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_driving_records_what_its_own_term_is_made_with():
-    recipe = Recipe(subset=128, epochs=1, batch_size=64)
-    looks, products, losses = frontier.drive(recipe, {"n_vectors": 1, "n_power_iterations": 1})
-    assert len(looks) == 1
-    assert products == 2
-    assert len(losses) == 1
-    assert all(0 <= error < 1 for error in looks[0])
-
-
 def test_slow_steps_do_not_count_but_the_dear_steps_of_a_cycle_do():
     cycle = [4.0, 1.0, 1.0, 1.0, 4.0, 1.0, 1.0, 1.0]
     times = cycle * 5
@@ -316,6 +243,8 @@ def test_the_table_of_short_steps_says_what_was_measured():
         (["--parts", "ag"], "expected letters from a to f, found 'ag'"),
         (["--parts", ""], "expected letters from a to f, found ''"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--models", "resnet19"], "expected the name of a timm model, found 'resnet19'"),
+        (["--models"], "expected at least one argument"),
     ],
 )
 def test_options_that_would_measure_nothing_are_refused(arguments, message, tmp_path, capsys):
@@ -323,6 +252,16 @@ def test_options_that_would_measure_nothing_are_refused(arguments, message, tmp_
         bench.main([*arguments, "--output", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_any_model_of_timm_can_be_measured(tmp_path):
+    bench.main(
+        ["--models", "test_vit", "--parts", "c", "--repetitions", "1", "--output", str(tmp_path)]
+    )
+    assert list(json.loads((tmp_path / "bench.json").read_text())["memory"]) == ["test_vit"]
+    assert bench._case("test_vit", torch.device("cpu")) == bench.OTHERS
+    assert bench._case("resnet18", torch.device("cpu")) == bench.MODELS["resnet18"]
+    assert bench._case("resnet18", torch.device("cuda")) == bench.ON_GPU
 
 
 def test_kernels_are_what_runs_on_the_gpu(monkeypatch):
@@ -418,3 +357,143 @@ def test_along_a_training_the_weights_move_under_the_term(monkeypatch):
     deviations = [100 * abs(1 - norms[name] / exact[name]) for name in norms]
     assert found["worst_error"] == pytest.approx(max(deviations), rel=0.1, abs=1e-3)
     assert found["median_error"] == pytest.approx(statistics.median(deviations), rel=0.2, abs=1e-3)
+
+
+def test_a_training_that_diverged_says_so():
+    def create(model):
+        return torch.optim.SGD(model.parameters(), lr=1e30)
+
+    assert bench.along_training(timm.create_model("test_resnet"), create, 32, 1) == {}
+    [*_, line] = bench._trainings({"x": {key: {} for key in bench.TRAININGS}})
+    assert line == "| adamw, 0.001 | diverged |"
+
+
+# --- what is measured ---
+
+
+def test_warm_up_rounds_are_not_timed():
+    calls = []
+    times = bench.measure({"a": lambda: calls.append(1)}, 3, warm_up=2)
+    assert (len(calls), len(times["a"])) == (5, 3)
+
+
+def test_the_spread_is_that_of_the_middle_eighty_percent():
+    descending = [float(i) for i in range(20, 0, -1)]
+    assert bench.spread(descending) == {"ratio": 10.5, "low": 3, "high": 18}
+
+
+def test_the_floor_is_weight_decay(monkeypatch):
+    monkeypatch.setattr(bench, "STRENGTH", 0.5)
+    model = nn.Linear(4, 3, bias=False)
+    optimizer = bench.wrapped(model, {})
+    before = model.weight.grad.clone()
+    bench.weight_decay(optimizer)()
+    torch.testing.assert_close(model.weight.grad, before + 0.5 * model.weight.detach())
+
+
+def test_a_hooked_step_calls_the_hooks_before_accumulation_too():
+    model = nn.Linear(4, 3, bias=False)
+    optimizer = bench.wrapped(model, {})
+    called = []
+    model.weight.register_hook(called.append)
+    step = bench.hooked_step(optimizer)
+    step()
+    step()
+    assert len(called) == 2
+
+
+def test_exact_work_is_one_step_over_the_median_floor(monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda _, n, **__: {"": [10.0] if n == 1 else [2.0] * n})
+    assert bench.exact_work(nn.Linear(4, 3)) == 5
+
+
+@pytest.mark.parametrize("make", [bench.power_penalty, bench.exact_penalty])
+def test_the_gradient_of_both_penalties_is_the_term(make, monkeypatch):
+    monkeypatch.setattr(bench, "STRENGTH", 0.5)
+    layer = nn.Linear(4, 3, bias=False)
+    penalty = make(nn.Sequential(layer))
+    for _ in range(100):
+        value = penalty()
+    value.backward()
+    u, sigma, vh = torch.linalg.svd(layer.weight.detach())
+    term = 0.5 * sigma[0] * torch.outer(u[:, 0], vh[0])
+    torch.testing.assert_close(layer.weight.grad, term, rtol=1e-3, atol=1e-4)
+
+
+def two_layers():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 1000))
+
+
+@pytest.mark.parametrize(
+    ("method", "decay", "options", "n_normalized"),
+    [
+        ("none", 0.0, [], 0),
+        ("weight decay", bench.STRENGTH, [], 0),
+        (ECONOMICAL, 0.0, [SETTINGS[ECONOMICAL]], 0),
+        (DEFAULT, 0.0, [{}], 0),
+        ("spectral_norm", 0.0, [], 2),
+    ],
+)
+def test_methods_are_what_they_are_called(method, decay, options, n_normalized, monkeypatch):
+    sgd = Mock(wraps=torch.optim.SGD)
+    monkeypatch.setattr(torch.optim, "SGD", sgd)
+    wrapper = Mock(wraps=SNROptimizer)
+    monkeypatch.setattr(bench, "SNROptimizer", wrapper)
+    norm = Mock(wraps=bench.spectral_norm)
+    monkeypatch.setattr(bench, "spectral_norm", norm)
+    bench.training_step(two_layers(), method, 4, 2)
+    assert [call.kwargs["weight_decay"] for call in sgd.call_args_list] == [decay]
+    assert [call.kwargs for call in wrapper.call_args_list] == options
+    assert norm.call_count == n_normalized
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("penalty, power iteration", "power_penalty"), ("penalty, exact SVD", "exact_penalty")],
+)
+def test_penalties_are_in_the_loss(method, name, monkeypatch):
+    for penalty in ("power_penalty", "exact_penalty"):
+        value = torch.tensor(100.0 if penalty == name else 0.0)
+        monkeypatch.setattr(bench, penalty, Mock(return_value=Mock(return_value=value)))
+    model = two_layers()
+    plain = bench.training_step(model, "none", 4, 2)()
+    assert bench.training_step(model, method, 4, 2)() == pytest.approx(plain + 100, rel=1e-5)
+
+
+def test_a_temporary_is_compared_with_the_largest_weight(monkeypatch):
+    class Allocations(bench.Allocations):
+        largest = property(lambda _: 300 * 200 * 4, lambda *_: None)
+
+    monkeypatch.setattr(bench, "Allocations", Allocations)
+    model = nn.ModuleList([nn.Linear(300, 200, bias=False) for _ in range(2)])
+    assert bench.memory(model, {})["largest_temporary_percent"] == 100
+
+
+def test_growth_is_in_microseconds_a_weight(monkeypatch):
+    def grow(points, x, *_):
+        points.setdefault("a", []).append((x, 2.0 * x))  # milliseconds
+
+    monkeypatch.setattr(bench, "_grow", grow)
+    found = bench.growth(1, 1, torch.device("cpu"))
+    assert found["microseconds_per_weight"] == {"a": pytest.approx(2000)}
+
+
+def test_points_of_growth_are_in_milliseconds(monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda f, n, **_: {name: [0.25] * n for name in f})
+    points = {}
+    bench._grow(points, 7.0, nn.Linear(4, 4), 1)
+    names = ["weight decay", ECONOMICAL, DEFAULT]
+    assert points == {name: [(7.0, 250.0)] for name in names}
+
+
+def test_the_picture_shows_ratios_with_their_spread(tmp_path, unrendered):
+    bench_of_one = {
+        "own_work": {"m": {"a": {"ratio": 2.0, "low": 1.0, "high": 5.0}}},
+        "growth": {"parameters": {"a": [(1, 1)]}, "weights": {"a": [(1, 1)]}},
+    }
+    unrendered.setattr(report.plt, "close", lambda _: None)
+    report.draw_bench(tmp_path / "bench.png", bench_of_one)
+    axis = report.plt.gcf().axes[0]
+    [bars] = [drawn for drawn in axis.containers if getattr(drawn, "patches", None)]
+    [[low, high]] = bars.errorbar.lines[2][0].get_segments()
+    assert (bars.patches[0].get_height(), low[1], high[1]) == (2, 1, 5)

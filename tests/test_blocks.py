@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from snr_hooks import discover
+from snr_hooks.blocks import BlockView
 from snr_hooks.layouts import Projection
 
 seeds = st.integers(0, 2**31)
@@ -192,3 +193,14 @@ def test_separate_projections_of_attention_and_projected_lstms():
     shapes = {t.name: t.view.shape(t.parameter) for t in found.targets}
     assert shapes == {"weight_ih_l0": (4, 4, 3), "weight_hh_l0": (4, 4, 2)}
     assert [skip.name for skip in found.skipped] == ["weight_hr_l0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_terms_of_blocks_are_rounded_once(dtype):
+    grad, u, v = randn(40, 60).to(dtype), randn(2, 1, 20).float(), randn(2, 1, 60).float()
+    factors = torch.tensor([[0.75], [0.3]], dtype=torch.float64)
+    term = (factors[..., None].float().double() * u.double()).mT @ v.double()
+    expected = grad.double() + term.view(40, 60)
+    BlockView((2, 20, 60)).adder(grad, u, v)(grad, factors)
+    unit = torch.finfo(dtype).eps * expected.abs() + 2 * torch.finfo(dtype).smallest_normal
+    assert ((grad.double() - expected).abs() <= 0.51 * unit).all()

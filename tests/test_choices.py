@@ -282,7 +282,29 @@ def test_decoupled_needs_a_learning_rate():
         SNROptimizer(base, model, decoupled=True)
 
 
+def test_decoupled_needs_a_learning_rate_in_every_group():
+    model = build("mlp")
+    base = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    del base.param_groups[-1]["lr"]
+    with pytest.raises(ValueError, match="expected param groups with a learning rate"):
+        SNROptimizer(base, model, decoupled=True)
+
+
 # --- lambda ---
+
+
+def test_a_step_that_fails_does_not_count_for_the_schedule():
+    model = build("mlp")
+    opt = SNROptimizer(OPTIMIZERS["sgd"](model.parameters()), model, ramp)
+    model(model.example).sum().backward()
+
+    def fails():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        opt.step(fails)
+    opt.step()
+    assert opt.param_groups[0]["snr_lambda"] == pytest.approx(0.1)
 
 
 def steps_of(model, opt):

@@ -104,6 +104,16 @@ def test_the_term_of_a_low_precision_weight_is_rounded_once(dtype):
     assert {part.dtype for pair in vectors.values() for part in pair.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_exact_term_of_a_low_precision_weight_is_rounded_once(dtype):
+    model = build("mlp", dtype)
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, 0.3, exact=True)
+    (sum(p.sum() for p in model.parameters()) * 0).backward()
+    terms = exact_terms(model, [target.name for target in opt.targets])
+    for name, (_, term) in terms.items():
+        assert torch.equal(model.get_parameter(name).grad, (0.3 * term).to(dtype))
+
+
 def test_a_term_that_underflows_in_float16_is_reported_and_a_scaled_one_is_not():
     def backward(strength, dtype=torch.float16, **options):
         model = build("mlp", dtype)

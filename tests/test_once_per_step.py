@@ -425,3 +425,15 @@ def test_lbfgs_sees_the_term_once_in_every_evaluation(line_search):
     for _ in range(2):
         opt.step(closure)
     assert len(evaluations) >= 8
+
+
+def test_a_term_that_could_not_be_added_is_added_by_the_next_accumulation():
+    layer = torch.nn.Linear(6, 5, bias=False, dtype=torch.float64)
+    opt = SNROptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), layer, exact=True)
+    opt.param_groups[0]["snr_lambda"] = -1.0
+    with pytest.raises(ValueError, match="snr_lambda"):
+        layer.weight.sum().backward()
+    opt.param_groups[0]["snr_lambda"] = 0.5
+    layer.weight.sum().backward()
+    sigma = torch.linalg.matrix_norm(layer.weight.detach(), 2).item()
+    assert (layer.weight.grad - 2).norm().item() == pytest.approx(0.5 * sigma)

@@ -9,7 +9,7 @@ from timm.layers import Conv2dSame, ScaledStdConv2dSame, StdConv2dSame
 from torch import nn
 from torch.func import functional_call
 
-from snr_hooks import discover
+from snr_hooks import SNROptimizer, discover
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -158,3 +158,27 @@ def test_the_bound_is_close_on_large_images():
     [target] = discover(module, choose=choose).targets
     exact = torch.linalg.matrix_norm(operator(module, module.weight.detach(), (16, 16)), 2)
     assert exact <= target.view.bound(target.parameter) <= 1.05 * exact
+
+
+def test_the_term_of_an_operator_is_rounded_once():
+    grads = []
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(8, 32, 3, bias=False).bfloat16().to(dtype)
+        choose = {"weight": {"view": "operator", "input_size": 6}}
+        base = torch.optim.SGD(layer.parameters(), lr=0.1)
+        opt = SNROptimizer(base, layer, 0.3, choose=choose, exact=True)
+        (layer.weight * 0).sum().backward()
+        grads.append(layer.weight.grad.double())
+        opt.remove()
+    unit = torch.finfo(torch.bfloat16).eps * grads[1].abs()
+    assert ((grads[0] - grads[1]).abs() <= 0.505 * unit + 1e-9).all()
+
+
+def test_the_bound_of_a_padding_by_copies_is_attained():
+    layer = nn.Conv1d(1, 1, 1, padding=1, padding_mode="circular", bias=False)
+    nn.init.ones_(layer.weight)  # two of four inputs are there twice
+    choose = {"weight": {"view": "operator", "input_size": 4}}
+    [target] = discover(layer, choose=choose).targets
+    norm = torch.linalg.matrix_norm(target.view.matrix(layer.weight.detach()), 2).item()
+    assert target.view.bound(layer.weight) == pytest.approx(norm) == pytest.approx(2**0.5)

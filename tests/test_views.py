@@ -142,3 +142,11 @@ def test_the_matrix_is_the_one_of_torchs_own_spectral_norm(layer, out_axis):
     torch.testing.assert_close(layer.weight.detach() * sigma, weight)
     m, n = view.shape(weight)
     assert view.describe(weight).startswith(f"{m} x {n} matrix")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_term_with_a_tensor_as_factor_is_rounded_once_too(dtype):
+    grad, u, v = torch.randn(40, 60).to(dtype), torch.randn(40), torch.randn(60)
+    expected = (grad.double() + 0.75 * torch.outer(u.double(), v.double())).to(dtype)
+    MatrixView().adder(grad, u, v)(grad, torch.tensor(0.75, dtype=torch.float64))
+    assert torch.equal(grad, expected)
