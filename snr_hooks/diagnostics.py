@@ -158,7 +158,7 @@ def stable_rank(singular_values: Tensor) -> float:
         The stable rank (Rudelson and Vershynin 2007, section 1).
     """
     squares = singular_values.double().square()
-    return float(squares.sum() / squares.max()) if squares.max() > 0 else 0.0
+    return float(squares.sum() / squares.max()) if squares.max() != 0 else 0.0  # NaN stays NaN
 
 
 class ComparisonRow(NamedTuple):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WARM_UP = 15
 """Power iterations the first time a weight is needed, when its vectors are still random."""
 
-MOST_REFINEMENTS = 8
+MOST_REFINEMENTS = 4
 """Pairs of products with a weight in a step beyond those that are taken anyway."""
 
 Vectors = Mapping[str, Tensor]
@@ -518,9 +518,10 @@ class _Batch:
             rising = self._subspaces.rising(tolerance)
             if not rising:
                 return
+            some = self._subspaces.some(rising)
             for _ in range(2):
                 self.multiply(rising)
-                self._subspaces.step(rising)
+                self._subspaces.step(some)
 
     def terms(self) -> Iterator[Term]:
         """Return the terms that the last step found."""
@@ -600,6 +601,12 @@ def _next_is_right(pair: Vectors) -> bool:
 def _exact_term(target: Target) -> Term:
     with _without_autocast({target.parameter.device.type}):
         matrix = target.view.matrix(target.parameter.detach()).double()
+    if not matrix.isfinite().all():
+        raise ValueError(
+            f"expected finite weights, found NaN or infinity in {target.name!r}, which has no SVD: "
+            "load a sound checkpoint, and lower the learning rate or clip gradients if training "
+            "came to this"
+        )
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     if _is_plain(target):
         return _term(target, float(sigma[0]), u[:, 0].contiguous(), vh[0])
@@ -658,7 +665,9 @@ def _checked_vectors(target: Target, vectors: object, k: int) -> Vectors:
         raise ValueError(f"{expected} no tensors; {remedy}")
     shapes = tuple(tuple(part.shape) for part in parts)
     if shapes not in allowed:
-        raise ValueError(f"{expected} {shapes[0]} and {shapes[1]}; {remedy}")
+        saved = max(shape[-2] if len(shape) > 1 else 0 for shape in shapes)
+        other = f", as with n_vectors={saved}" if saved != k else ""
+        raise ValueError(f"{expected} {shapes[0]} and {shapes[1]}{other}; {remedy}")
     if not all(part.isfinite().all() and part.any(dim=-1).all() for part in parts):
         raise ValueError(f"{expected} some that are zero or not finite; {remedy}")
     lengths = torch.cat([part.double().norm(dim=-1).flatten() for part in parts])

@@ -82,15 +82,15 @@ class SNROptimizer(Optimizer):
             weight; multiples of 0.5 take more. 0.5 / k takes one every k steps and uses sigma, u
             and v for all of them: cheaper, and up to k - 1 steps late.
         n_vectors: Vectors per weight, at most as many as it has rows and columns. More are more
-            accurate and take more time and memory. An odd number also looks for directions in
-            which none of the vectors has a part. For n singular values (``top`` in ``choose``) at
-            least 2 n are taken.
+            accurate and take more time and memory. 3, 5, ... also look for directions in which
+            none of the vectors has a part; 1 and even numbers do not. For n singular values
+            (``top`` in ``choose``) at least 2 n are taken.
         tolerance: If the product with a weight raises its sigma_1 by more than this, relative to
             what the best vector of the step before gives for the weight as it is, the weight gets
-            two more products, and two more if these raise it again, up to 16: hardly ever with SGD
-            at small learning rates, often with Adam at large ones. ``math.inf`` for none. It takes
-            two vectors or more, and has no effect on accelerators, where it would wait for the
-            device, and on sharded weights.
+            two more products, and two more if these raise it again, up to 8: seldom with SGD at
+            small learning rates, in every step with Adam, whose steps cost several times as much
+            then. ``math.inf`` for none. It takes two vectors or more, and has no effect on
+            accelerators, where it would wait for the device, and on sharded weights.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
             term is scaled with the loss, so that unscaling restores lambda. A deep copy of

@@ -31,15 +31,30 @@ Nothing but ``rising`` waits for the device.
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from snr_hooks.ritz import rayleigh_ritz
-from snr_hooks.rows import Rows
+from snr_hooks.rows import Chunks, Rows
 
 _LEANING = 0.05
 """How far, beside the length of the image, which is 1; 0.03 and 0.1 did about as well."""
+
+
+class Some(NamedTuple):
+    """Some of the weights.
+
+    Attributes:
+        maps: Which maps they are, in ascending order.
+        right: Chunks of their right vectors.
+        left: Chunks of their left vectors.
+    """
+
+    maps: Tensor
+    right: Chunks
+    left: Chunks
 
 
 class Subspaces:
@@ -111,21 +126,25 @@ class Subspaces:
         if len(here.images) > len(here.kept) > 0:
             here.images[-1].add_(here.direction, alpha=_LEANING)
 
-    def step(self, weights: Sequence[int] | None = None) -> None:
+    def some(self, weights: Sequence[int]) -> Some:
+        """Choose weights for steps of these alone."""
+        chosen = torch.tensor(weights, device=self._weights.device)
+        maps = torch.isin(self._weights, chosen).nonzero()[:, 0]
+        return Some(maps, self.right.some(maps), self.left.some(maps))
+
+    def step(self, some: Some | None = None) -> None:
         """Find the best unit vector of this side, once the products have been computed.
 
         Args:
-            weights: Of these weights alone, in ascending order. The others stay as they are, and
-                two such steps bring all to the same side again.
+            some: Of these weights alone. The others stay as they are, and two such steps bring
+                all to the same side again.
         """
         right = self.next_is_right
         here, there = (self.right, self.left) if right else (self.left, self.right)
         products = self._room.like_first if right else self._room.like_second
-        maps, of_here, of_there = None, here.all, there.all
-        if weights is not None:
-            chosen = torch.tensor(weights, device=self._weights.device)
-            maps = torch.isin(self._weights, chosen).nonzero()[:, 0]
-            of_here, of_there = here.some(maps), there.some(maps)
+        of_here, of_there = here.all, there.all
+        if some is not None:
+            of_here, of_there = (some.right, some.left) if right else (some.left, some.right)
         k = len(here.tensor)
         image_gram = there.gram(products, of_there)
         gram = here.gram(here.tensor, of_here) if k > 1 else torch.ones_like(image_gram)
@@ -137,11 +156,11 @@ class Subspaces:
         there.fill(ritz.unknown, of_there)
         self.next_is_right = not right
         sigma = ritz.sigma[:, : k // 2 or 1]
-        if maps is None:
+        if some is None:
             self.sigma = sigma
             self._before = (image_gram[:, 0, 0] / gram[:, 0, 0]).sqrt()  # of the first vector
         else:
-            self.sigma = self.sigma.index_copy(0, maps, sigma)
+            self.sigma = self.sigma.index_copy(0, some.maps, sigma)
 
     def rising(self, tolerance: float) -> list[int]:
         """Return the weights whose sigma has risen by more than a tolerance, relative to it.

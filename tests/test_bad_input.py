@@ -311,6 +311,28 @@ def test_pruning_that_was_made_permanent_between_steps_is_fine():
 # --- state dicts ---
 
 
+def test_an_exact_term_of_a_weight_that_is_not_finite_names_the_weight():
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, exact=True)
+    with torch.no_grad():
+        opt.targets[1].parameter[0, 0] = math.nan
+    message = rf"expected finite weights, found NaN or infinity in '{opt.targets[1].name}'"
+    with pytest.raises(ValueError, match=message):
+        model(model.example).sum().backward()
+
+
+def test_a_saved_single_vector_that_is_no_unit_vector_is_refused():
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, n_vectors=1)
+    model(model.example).sum().backward()
+    for factor in (0.5, 2.0):
+        state = copy.deepcopy(opt.state_dict())
+        for part in state["snr_hooks"]["vectors"]["body.0.weight"].values():
+            part *= factor
+        with pytest.raises(ValueError, match="which are no vectors of an iteration with 1"):
+            opt.load_state_dict(state)
+
+
 def good_pair():
     return {"left": torch.eye(8)[:1], "right": torch.eye(6)[:3]}
 
@@ -320,7 +342,7 @@ def good_pair():
     [
         (torch.ones(6), r"\(1, 8\) and \(3, 6\), or \(3, 8\) and \(1, 6\), found a Tensor"),
         (good_pair() | {"right": torch.ones(3, 5)}, r"found \(1, 8\) and \(3, 5\)"),
-        (good_pair() | {"right": torch.ones(4, 6)}, r"found \(1, 8\) and \(4, 6\)"),
+        (good_pair() | {"right": torch.ones(4, 6)}, r"found \(1, 8\) and \(4, 6\), as with n_vec"),
         (good_pair() | {"left": torch.ones(3, 8)}, r"found \(3, 8\) and \(3, 6\)"),
         (good_pair() | {"left": torch.zeros(1, 8)}, "zero or not finite"),
         (good_pair() | {"right": torch.ones(3, 6).tril(-6)}, "zero or not finite"),

@@ -747,3 +747,33 @@ def test_refined_bounds_are_those_of_their_vectors_for_several_singular_values()
             for sigma, u, v in zip(term.sigma, term.u, term.v, strict=True):
                 bounds = (weight @ v).norm(), (weight.T @ u).norm()
                 assert min(bounds).item() == pytest.approx(sigma.item(), rel=1e-9)
+
+
+def test_a_weight_gets_up_to_eight_products_more():
+    layers, targets = plain(torch.float64)
+    iteration = SubspaceIteration(1, 2, 0.0, 0)  # sigma rises a little with every product
+    iteration.advance(targets)
+    jump(layers)
+    before = iteration.n_products_taken
+    iteration.advance(targets)
+    assert iteration.n_products_taken - before == 9
+
+
+def test_held_terms_of_a_weight_that_is_on_another_device_by_now_are_renewed():
+    _, targets = plain(torch.float32)
+    held = Held(SubspaceIteration(1, 2, math.inf, 0), 4)
+    [term] = held.advance(targets)
+    held._terms[targets[0].name] = term._replace(u=term.u.to("meta"), v=term.v.to("meta"))
+    [renewed] = held.advance(targets)
+    assert renewed.u.device.type == "cpu"
+
+
+def test_held_terms_that_were_loaded_have_the_dtype_of_the_weight():
+    model = build("mlp", torch.float32)
+    opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=0.125)
+    train(model, opt, 1)
+    double = copy.deepcopy(model).double()
+    other = SNROptimizer(sgd(double), double, LAMBDA, n_power_iterations=0.125)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for parts in other.state_dict()["snr_hooks"]["vectors"].values():
+        assert parts["u"].dtype == parts["v"].dtype == torch.float64

@@ -126,6 +126,7 @@ def test_two_checkpoints_side_by_side():
 def test_stable_rank():
     assert stable_rank(torch.tensor([2.0, 2.0, 0.0])) == 2
     assert stable_rank(torch.zeros(3)) == 0
+    assert math.isnan(stable_rank(torch.tensor([math.nan, 1.0])))
 
 
 def test_audit_and_spectra_cover_every_view():

@@ -50,7 +50,7 @@ def step(subspaces, matrices_, weights=None):
     subspaces.reserve()
     for matrix, *tensors in zip(matrices_, *subspaces.multiplied(right=right), strict=True):
         product(matrix, *tensors)()
-    subspaces.step(weights)
+    subspaces.step(None if weights is None else subspaces.some(weights))
     sigmas = subspaces.sigma[:, 0]
     left, right = ([vectors[0] for vectors in side] for side in subspaces.pairs[right])
     return list(zip(sigmas, left, right, strict=True))
@@ -518,3 +518,17 @@ def test_the_term_is_rank_one_with_frobenius_norm_lambda_sigma(drawn):
     tolerance = 10 * rounding(matrix)
     assert values.norm().item() == pytest.approx(0.5, rel=tolerance)
     assert values[0].item() == pytest.approx(0.5, rel=tolerance)
+
+
+def test_weights_of_different_layers_start_from_different_vectors():
+    vectors = starting_vectors(3, 50, 0, "0.weight")
+    assert not torch.equal(vectors, starting_vectors(3, 50, 0, "2.weight"))
+
+
+def test_directions_that_a_matrix_annihilates_are_unknown_in_double_precision_too():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.outer(*(torch.randn(n, generator=generator).double() for n in (9, 12)))
+    basis = torch.linalg.qr(torch.randn(12, 3, generator=generator).double()).Q.T
+    images = basis @ matrix.T
+    ritz = rayleigh_ritz((basis @ basis.T)[None], (images @ images.T)[None], 2, torch.float64)
+    assert ritz.unknown.tolist() == [[False, True]]
