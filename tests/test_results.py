@@ -78,6 +78,12 @@ def test_the_costs_in_the_readme_are_those_of_the_files():
     models = table.pop("")
     assert models == list(measured["own_work"])
     table.pop("---")
+    for title in bench.TRAININGS:
+        found = [measured["in_training"][model][title] for model in models]
+        assert table.pop(f"in a training ({title}), with products a step: default") == [
+            "{ratio:.1f} ({products:.1f})".format(**entry) if entry else "diverged"
+            for entry in found
+        ]
     for row, cells in table.items():
         what, _, name = row.rpartition(": ")
         name = {
