@@ -254,7 +254,8 @@ def test_options_that_would_measure_nothing_are_refused(arguments, message, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_any_model_of_timm_can_be_measured(tmp_path):
+def test_any_model_of_timm_can_be_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SETTINGS", {ECONOMICAL: SETTINGS[ECONOMICAL]})
     bench.main(
         ["--models", "test_vit", "--parts", "c", "--repetitions", "1", "--output", str(tmp_path)]
     )
