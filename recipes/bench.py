@@ -29,11 +29,14 @@ from tqdm import tqdm
 
 from recipes.data import Digits
 from recipes.frontier import errors
-from recipes.report import draw_bench
+from recipes.report import draw_bench, markdown_table
 from recipes.settings import DEFAULT, ECONOMICAL, SETTINGS, Idle
 from snr_hooks import SNROptimizer, discover
 
-MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
+Case = tuple[int, int, dict[str, Any]]
+"""Image size and batch size of the whole training step, and options of the model."""
+
+MODELS: dict[str, Case] = {
     "resnet18": (32, 64, {}),
     "resnet50": (64, 16, {}),
     "mobilenetv3_large_100": (96, 32, {}),
@@ -41,13 +44,13 @@ MODELS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "vit_small_patch16_224": (64, 32, {"img_size": 64}),
     "vit_base_patch16_224": (64, 16, {"img_size": 64}),
 }
-"""Image size and batch size of the whole training step on a CPU, and options of the model."""
+"""What is measured on a CPU, unless other models are named."""
 
-OTHERS: tuple[int, int, dict[str, Any]] = (224, 8, {})
-"""The same for other models."""
+OTHERS: Case = (224, 8, {})
+"""Other models on a CPU."""
 
-ON_GPU: tuple[int, int, dict[str, Any]] = (224, 256, {})
-"""The same on a GPU, where the step is under bfloat16 autocast."""
+ON_GPU: Case = (224, 256, {})
+"""All models on a GPU, where the step is under bfloat16 autocast."""
 
 SHORT = 4
 """Batch size of steps that are short. What is added to a step does not depend on the size of the
@@ -183,13 +186,18 @@ def own_work(
         optimizer = wrapped(model, setting)
         functions = {"floor": weight_decay(optimizer), "step": hooked_step(optimizer)}
         times = measure(functions, CYCLE * repetitions, warm_up=CYCLE)
-        floor, steps = cycles(times["floor"]), cycles(times["step"])
-        ratios = [step / decay for decay, step in zip(floor, steps, strict=True)]
-        found[name] = spread(ratios) | {"floor_ms": statistics.median(floor) * 1e3}
+        floor_ms = 1e3 * statistics.median(cycles(times["floor"]))
+        found[name] = _over_decay(times) | {"floor_ms": floor_ms}
         if _device(model).type == "cuda":
             found[name]["on_device"] = _on_device(**functions)
         optimizer.remove()
     return found
+
+
+def _over_decay(times: Times) -> dict[str, float]:
+    """Return the spread of the time of a step over weight decay's, cycle by cycle."""
+    pairs = zip(cycles(times["floor"]), cycles(times["step"]), strict=True)
+    return spread([step / decay for decay, step in pairs])
 
 
 def _on_device(floor: Callable[[], None], step: Callable[[], None]) -> float:
@@ -287,7 +295,7 @@ ADDED = ["weight decay", ECONOMICAL, DEFAULT, "penalty, power iteration"]
 """What is compared in short steps; in long ones that and more."""
 
 
-def _case(name: str, device: torch.device) -> tuple[int, int, dict[str, Any]]:
+def _case(name: str, device: torch.device) -> Case:
     return ON_GPU if device.type == "cuda" else MODELS.get(name, OTHERS)
 
 
@@ -496,8 +504,7 @@ def along_training(
         return {}
     products = optimizer.n_products_taken / (CYCLE * n_cycles * len(optimizer.targets))
     deviations = errors(optimizer.spectral_norms(), model)
-    pairs = zip(cycles(times["floor"]), cycles(times["step"]), strict=True)
-    return spread([step / decay for decay, step in pairs]) | {
+    return _over_decay(times) | {
         "products": products,
         "median_error": 100 * statistics.median(deviations),
         "worst_error": 100 * max(deviations),
@@ -531,26 +538,24 @@ def table(bench: dict[str, Any]) -> str:
         "",
         "(a) The wrapper's own work in a step, over weight decay on the same tensors:",
         "",
-        "| | " + " | ".join(models) + " |",
-        "|---" * (len(models) + 1) + "|",
     ]
+    rows = [["", *models]]
     for name in next(iter(bench["own_work"].values()), {}):
         cells = []
         for entry in (bench["own_work"][model][name] for model in models):
             cells.append("{ratio:.2f} ({low:.2f}-{high:.2f})".format(**entry))
             if "on_device" in entry:
                 cells[-1] += f"; kernels alone {entry['on_device']:.2f}"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    cells = [f"{ratio:.0f} (once)" for ratio in bench["exact_work"].values()]
-    lines.append("| exact SVD | " + " | ".join(cells) + " |")
+        rows.append([name, *cells])
+    rows.append(["exact SVD", *(f"{ratio:.0f} (once)" for ratio in bench["exact_work"].values())])
     lines += [
+        *markdown_table(rows),
         "",
         "(b) What a method adds to a whole training step, in percent of it: the mean over the "
         "steps of a cycle of the median of each, in brackets the middle 80 % of the cycles:",
         "",
     ]
-    lines += ["| | " + " | ".join(bench["whole_step"]) + " |"]
-    lines += ["|---" * (len(bench["whole_step"]) + 1) + "|"]
+    rows = [["", *bench["whole_step"]]]
     for method in next(iter(bench["whole_step"].values()), {}):
         cells = []
         for found in bench["whole_step"].values():
@@ -561,16 +566,16 @@ def table(bench: dict[str, Any]) -> str:
                 cells.append("{ratio:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry))
             else:
                 cells.append(f"{entry['ratio']:+.0f} (once)")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    lines += _short_steps(bench["short_step"])
+        rows.append([method, *cells])
     lines += [
+        *markdown_table(rows),
+        *_short_steps(bench["short_step"]),
         "",
         "(c) Memory that the wrapper keeps, in percent of the parameters' bytes / the largest "
         "temporary, in percent of the largest weight; (d) operators a step / weights:",
         "",
-        "| | " + " | ".join(bench["memory"]) + " |",
-        "|---" * (len(bench["memory"]) + 1) + "|",
     ]
+    rows = [["", *bench["memory"]]]
     for name in next(iter(bench["memory"].values()), {}):
         cells = []
         for found in bench["memory"].values():
@@ -579,7 +584,8 @@ def table(bench: dict[str, Any]) -> str:
             cells.append(cell.format(**entry))
             if "kernels" in entry:
                 cells[-1] += f", {entry['kernels']} kernels"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append([name, *cells])
+    lines += markdown_table(rows)
     if bench["in_training"]:
         lines += _trainings(bench["in_training"])
     if "growth" in bench:
@@ -595,35 +601,26 @@ def table(bench: dict[str, Any]) -> str:
 
 def _short_steps(measured: dict[str, Any]) -> list[str]:
     """Return the table of (b) for short steps."""
-    lines = [
-        "",
-        f"(b) What it adds in milliseconds, likewise, to steps of {SHORT} images; as a share of "
-        "what the penalty adds:",
-        "",
-        "| | " + " | ".join(measured) + " |",
-        "|---" * (len(measured) + 1) + "|",
-    ]
     plain = [f"{found['none']['milliseconds']:.0f} ms" for found in measured.values()]
-    lines.append("| none | " + " | ".join(plain) + " |")
+    rows = [["", *measured], ["none", *plain]]
     for method in ADDED:
         cells = [
             "{ratio:+.1f} ({low:+.1f} to {high:+.1f}); {share:.2f}".format(**found[method])
             for found in measured.values()
         ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([method, *cells])
+    return [
+        "",
+        f"(b) What it adds in milliseconds, likewise, to steps of {SHORT} images; as a share of "
+        "what the penalty adds:",
+        "",
+        *markdown_table(rows),
+    ]
 
 
 def _trainings(measured: dict[str, Any]) -> list[str]:
     """Return the table of (f)."""
-    lines = [
-        "",
-        f"(f) As (a), of {DEFAULT}, over cycles of a training on digits: ratio; products with a "
-        "weight in a step; median / worst error of sigma at the end in percent:",
-        "",
-        "| | " + " | ".join(measured) + " |",
-        "|---" * (len(measured) + 1) + "|",
-    ]
+    rows = [["", *measured]]
     form = (
         "{ratio:.2f} ({low:.2f}-{high:.2f}); {products:.2f}; {median_error:.2g} / {worst_error:.2g}"
     )
@@ -631,8 +628,14 @@ def _trainings(measured: dict[str, Any]) -> list[str]:
         cells = [
             form.format(**found[name]) if found[name] else "diverged" for found in measured.values()
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([name, *cells])
+    return [
+        "",
+        f"(f) As (a), of {DEFAULT}, over cycles of a training on digits: ratio; products with a "
+        "weight in a step; median / worst error of sigma at the end in percent:",
+        "",
+        *markdown_table(rows),
+    ]
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,7 @@ from recipes.comparison import MEASURES, Comparison, Measure, Result, Spread, be
 from recipes.comparison_figures import draw_all
 from recipes.experiment import Cell
 from recipes.measures import best_accuracy, generalization_gap
+from recipes.report import markdown_table
 
 NOTE = (
     "Mean and standard deviation over the seeds (n - 1 in the denominator); the best mean of a "
@@ -188,11 +189,8 @@ def _figures(run: Result, alpha: float) -> list[str]:
 
 def markdown(table: Table) -> str:
     """Write a table in Markdown."""
-    rows = [
-        "| " + " | ".join(f"**{c.words}**" if c.bold else c.words for c in row) + " |"
-        for row in table
-    ]
-    return "\n".join([rows[0], "|---" * len(table[0]) + "|", *rows[1:]])
+    rows = [[f"**{c.words}**" if c.bold else c.words for c in row] for row in table]
+    return "\n".join(markdown_table(rows))
 
 
 def _page(

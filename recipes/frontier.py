@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from recipes import train
 from recipes.recipe import Recipe, RecipeError, read
-from recipes.report import draw_frontier, write_json
+from recipes.report import draw_frontier, markdown_table, write_json
 from recipes.settings import SETTINGS, Idle
 from snr_hooks import SNROptimizer, spectra
 
@@ -221,34 +221,32 @@ def table(results: dict[str, Any]) -> str:
     for mode in ("watching", "driving"):
         order = SETTINGS if mode == "watching" else DRIVERS
         names = [key for key in order if all(key in r[mode] for r in results.values())]
-        lines += [f"**{mode}**", "", "| training | " + " | ".join(names) + " |"]
-        lines.append("|---" * (len(names) + 1) + "|")
+        rows = [["training", *names]]
         for training, result in results.items():
             cells = [
                 "{median:.2g} / {p95:.2g} / {worst:.2g}".format(**result[mode][name])
                 for name in names
             ]
-            lines.append(f"| {training} | " + " | ".join(cells) + " |")
-        lines.append("")
+            rows.append([training, *cells])
+        lines += [f"**{mode}**", "", *markdown_table(rows), ""]
     refined = [
         key
         for key in DRIVERS
         if all("products" in r["driving"].get(key, {}) for r in results.values())
     ]
-    lines += ["**products with a weight in a step, driving**", ""]
-    lines += ["| training | " + " | ".join(refined) + " |", "|---" * (len(refined) + 1) + "|"]
+    rows = [["training", *refined]]
     for training, result in results.items():
         cells = [f"{result['driving'][name]['products']:.2f}" for name in refined]
-        lines.append(f"| {training} | " + " | ".join(cells) + " |")
-    lines.append("")
+        rows.append([training, *cells])
+    lines += ["**products with a weight in a step, driving**", "", *markdown_table(rows), ""]
     names = [
         key for key in ["exact SVD", *DRIVERS] if all(key in r["loss"] for r in results.values())
     ]
-    lines += ["**training loss in the last epoch**", "", "| training | " + " | ".join(names) + " |"]
-    lines.append("|---" * (len(names) + 1) + "|")
+    rows = [["training", *names]]
     for training, result in results.items():
         cells = [f"{result['loss'][name][-1]:.4f}" for name in names]
-        lines.append(f"| {training} | " + " | ".join(cells) + " |")
+        rows.append([training, *cells])
+    lines += ["**training loss in the last epoch**", "", *markdown_table(rows)]
     return "\n".join(lines)
 
 

@@ -36,6 +36,12 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     unfinished.replace(path)
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, whose header is the first row."""
+    header, *others = ("| " + " | ".join(row) + " |" for row in rows)
+    return [header, "|---" * len(rows[0]) + "|", *others]
+
+
 def audit_table(start: Spectra, end: Spectra, estimates: Mapping[str, float]) -> str:
     """Compare the exact sigma_1 of every weight before and after training.
 

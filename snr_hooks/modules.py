@@ -17,6 +17,10 @@ WRAPPERS = {
 }
 
 
+Slot = tuple[Mapping[str, nn.Parameter | None], str]
+"""The parameters of a module, and the name of one there: what the module holds under it by now."""
+
+
 class Owned(NamedTuple):
     """One place where a model holds a parameter.
 
@@ -68,8 +72,8 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
     return parameters.get(attribute)
 
 
-def slot(model: nn.Module, name: str) -> tuple[Mapping[str, nn.Parameter | None], str] | None:
-    """Return the parameters of the module that holds a target, and the target's name there."""
+def slot(model: nn.Module, name: str) -> Slot | None:
+    """Return where a model holds the parameter of a target, if it has such a module."""
     module, path = model, name.split(".")
     while len(path) > 1 or _wrapped_at(module):
         child = module._modules.get(_wrapped_at(module) or path.pop(0))

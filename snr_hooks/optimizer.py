@@ -4,7 +4,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from snr_hooks.discovery import (
 )
 from snr_hooks.estimators import Estimator, ExactSVD, Held, SubspaceIteration
 from snr_hooks.hooks import GradientHooks
-from snr_hooks.modules import parameter_at, slot
+from snr_hooks.modules import Slot, parameter_at, slot
 from snr_hooks.sharding import reshard
 from snr_hooks.term import SpectralTerm
 
@@ -182,7 +182,7 @@ class SNROptimizer(Optimizer):
         )
         self._withdraw_lambda.atexit = False
         self._frozen: list[nn.Parameter] = []
-        self._slots: list[tuple[Target, tuple[Mapping[str, nn.Parameter | None], str]]] = []
+        self._slots: list[tuple[Target, Slot]] = []
 
     # --- the wrapped optimizer, live ---
 

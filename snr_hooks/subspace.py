@@ -16,7 +16,7 @@ LOBPCG (A. Knyazev, SIAM J. Sci. Comput. 23, 2001) faster than the power method.
 One product is enough where a weight moves little, as most do with SGD. Where it moves far, or a
 direction that none of the vectors sees becomes the largest, the next products raise sigma, and so
 tell that it was too low. ``rising`` says of which weights; two more steps of these alone follow,
-on either side, until they raise it no more.
+on either side, and so on while they raise it, a few times.
 
 What no product can tell is that a direction is missing in which none of the vectors has a part
 but for rounding, and the term presses down the others until it is the largest. So at the end of

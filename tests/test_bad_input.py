@@ -308,9 +308,6 @@ def test_pruning_that_was_made_permanent_between_steps_is_fine():
     opt.step()
 
 
-# --- state dicts ---
-
-
 def test_an_exact_term_of_a_weight_that_is_not_finite_names_the_weight():
     model = build("mlp")
     opt = SNROptimizer(sgd(model), model, exact=True)
@@ -319,6 +316,9 @@ def test_an_exact_term_of_a_weight_that_is_not_finite_names_the_weight():
     message = rf"expected finite weights, found NaN or infinity in '{opt.targets[1].name}'"
     with pytest.raises(ValueError, match=message):
         model(model.example).sum().backward()
+
+
+# --- state dicts ---
 
 
 def test_a_saved_single_vector_that_is_no_unit_vector_is_refused():
