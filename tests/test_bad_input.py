@@ -290,8 +290,7 @@ def test_a_parameter_that_is_trained_as_a_function_by_now_stops_the_step(change,
     if copied:
         model, opt = copy.deepcopy((model, opt))
     change(model.body[0])
-    opt.zero_grad()
-    model(model.example).sum().backward()
+    model(model.example).sum().backward()  # at once: zero_grad() would look at a copy anew
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=r"expected 'body\.0\.weight' to be the parameter that"):
         opt.step()

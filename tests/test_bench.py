@@ -280,16 +280,18 @@ def test_kernels_are_what_runs_on_the_gpu(monkeypatch):
 
 
 def test_time_of_kernels_is_that_of_a_cycle_over_weight_decay(monkeypatch):
-    steps = []
+    steps, counts = [], []
 
     def kernels(cycle):
         steps.clear()
         cycle()
+        counts.append(len(steps))
         return len(steps), sum(steps)
 
     monkeypatch.setattr(bench, "kernels", kernels)
     found = bench._on_device(lambda: steps.append(2.0), lambda: steps.append(3.0))
     assert found == pytest.approx(1.5)
+    assert counts == [bench.CYCLE, bench.CYCLE]
 
 
 def test_the_table_has_what_was_measured_on_a_gpu():
