@@ -38,7 +38,7 @@ def test_python_blocks_run(code):
 
 def test_blocks_for_torchrun_run_on_two_processes(tmp_path):
     (code,) = [code for code in blocks("python") if is_distributed(code)]
-    # Gloo's threads now and then abort a process when the interpreter ends, after all is done.
+    # FIXME: one run in eight aborts when the interpreter ends, after all is done; why is not known.
     leave = "import os, sys\nsys.stdout.flush()\nos._exit(0)\n"
     (tmp_path / "train.py").write_text(code + leave)
     finished = torchrun([tmp_path / "train.py"], 2, timeout=120)
