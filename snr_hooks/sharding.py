@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from snr_hooks._names import is_a
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
+
+_latest: "list[Work]" = []
+"""The collectives of the last call of ``add_up``, finished. gloo's thread drops each some time
+after it is done. Were that the last reference, the thread would need the interpreter to release
+the tensors, and abort the process if the interpreter is ending meanwhile (pytorch issue 190489).
+"""
 
 
 class Part(NamedTuple):
@@ -118,9 +124,12 @@ def add_up(parts: "Iterable[tuple[ProcessGroup, Tensor]]") -> None:
     together: dict[tuple[ProcessGroup, torch.dtype], list[Tensor]] = {}
     for group, tensor in parts:
         together.setdefault((group, tensor.dtype), []).append(tensor)
+    _latest.clear()
     for (group, _), tensors in together.items():
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        torch.distributed.all_reduce(flat, group=group)
+        work = torch.distributed.all_reduce(flat, group=group, async_op=True)
+        work.wait()
+        _latest.append(work)
         sums = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, total in zip(tensors, sums, strict=True):
             tensor.copy_(total.view(tensor.shape))

@@ -1,6 +1,11 @@
 """Models sharded by ``fully_shard`` (FSDP2) train as whole ones do, and no weight is gathered."""
 
+import weakref
+
 import pytest
+import torch
+
+from snr_hooks.sharding import add_up
 
 WORKER = "_fsdp_worker.py"
 TRAJECTORIES = [
@@ -105,3 +110,29 @@ def test_an_evaluation_before_wrapping_or_stepping_hides_no_weight(two):
 def test_names_leave_wrappers_out_that_were_sharded(two):
     names = ["conv.weight", "up.weight", "hidden.weight", "narrow.weight", "head.weight"]
     assert two["wrapped_inside"] == [names, names]
+
+
+def test_collectives_are_held_until_the_next_ones_so_that_no_thread_releases_their_tensors(
+    monkeypatch,
+):
+    """Of two groups, as gloo's threads abort a process that ends meanwhile (see ``sharding``)."""
+
+    class Work:
+        waited = False
+
+        def wait(self):
+            self.waited = True
+
+    seen = []
+
+    def all_reduce(tensor, group, async_op):
+        assert async_op
+        work = Work()
+        seen.append(weakref.ref(work))
+        return work
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    add_up([("one", torch.ones(3)), ("other", torch.ones(3))])
+    assert [work().waited for work in seen] == [True, True]
+    add_up([("one", torch.ones(3))])
+    assert [work() is None for work in seen] == [True, True, False]

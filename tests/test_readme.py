@@ -38,9 +38,7 @@ def test_python_blocks_run(code):
 
 def test_blocks_for_torchrun_run_on_two_processes(tmp_path):
     (code,) = [code for code in blocks("python") if is_distributed(code)]
-    # FIXME: one run in eight aborts when the interpreter ends, after all is done; why is not known.
-    leave = "import os, sys\nsys.stdout.flush()\nos._exit(0)\n"
-    (tmp_path / "train.py").write_text(code + leave)
+    (tmp_path / "train.py").write_text(code)
     finished = torchrun([tmp_path / "train.py"], 2, timeout=120)
     assert finished.returncode == 0, finished.stderr
     first, second = re.findall(r"\{.*?\}", finished.stdout)  # older torch prints of its own
