@@ -7,11 +7,12 @@ flattened kernel). At any input, the norm of the Jacobian is a lower bound.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from snr_hooks.checks import checked_int
 from snr_hooks.diagnostics import is_written_out
 from snr_hooks.discovery import Target, linear_maps
 from snr_hooks.layouts import LINEAR
@@ -31,6 +32,15 @@ _SLOPES: dict[type[nn.Module], float] = {
     nn.SiLU: 1.1,
 }
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
 
 class Lipschitz(NamedTuple):
@@ -64,13 +74,17 @@ def lipschitz(sequence: nn.Sequential, inputs: Tensor, n_iterations: int = 50) -
 
     Raises:
         TypeError: ``sequence`` is no ``nn.Sequential``, or a layer in it is of a kind whose
-            constant is not known.
+            constant is not known; so is one whose forward is its own, whatever it inherits from.
+        ValueError: There are no inputs or no iterations.
     """
-    if not isinstance(sequence, nn.Sequential):
+    if not _is_a(sequence, nn.Sequential):
         raise TypeError(
             f"expected a torch.nn.Sequential, found {type(sequence).__name__}: pass a part of the "
             "model whose layers are applied one after the other"
         )
+    n_iterations = checked_int(n_iterations, "n_iterations", at_least=1)
+    if not len(inputs):
+        raise ValueError(f"expected a batch of at least one input, found shape {(*inputs.shape,)}")
     training = [module for module in sequence.modules() if module.training]
     sequence.eval()
     try:
@@ -87,33 +101,41 @@ def _constants(sequence: nn.Sequential, x: Tensor, path: str = "") -> Iterable[t
     """Yield the constant of each layer by name."""
     for name, layer in sequence._modules.items():  # a layer as often as it is applied
         assert layer is not None
-        if isinstance(layer, nn.Sequential):
-            yield from _constants(layer, x, f"{path}{name}.")
+        if _is_a(layer, nn.Sequential):
+            yield from _constants(cast(nn.Sequential, layer), x, f"{path}{name}.")
         else:
             yield path + name, _constant(layer, x, path + name)
         x = layer(x)
 
 
-def _constant(layer: nn.Module, x: Tensor, name: str) -> float:
-    if isinstance(layer, LINEAR):
+def _is_a(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer does what one of some kinds does, and no more, as subclasses may."""
+    # timm's batch norms, for one, apply an activation.
+    forward = vars(layer).get("forward", type(layer).forward)
+    return any(isinstance(layer, kind) and forward is kind.forward for kind in kinds)
+
+
+def _constant(layer: Any, x: Tensor, name: str) -> float:
+    if _is_a(layer, *LINEAR):
         size = {"view": "operator"} | ({"input_size": tuple(x.shape[2:])} if x.ndim > 2 else {})
         choose = "matrix" if isinstance(layer, nn.Linear) else {"weight": size}
         maps = linear_maps(layer, choose) if "weight" in layer._parameters else []
         if maps:  # neither parametrized nor standardized
             return _norm(maps[0])
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_var is not None:
+    if _is_a(layer, *_BATCH_NORMS) and layer.running_var is not None:
         scale = (layer.running_var + layer.eps).rsqrt()
         return float((scale if layer.weight is None else scale * layer.weight).abs().max())
-    if isinstance(layer, nn.modules.dropout._DropoutNd):
+    if _is_a(layer, *_DROPOUTS):
         return 1.0
-    if isinstance(layer, nn.ELU):
-        return max(1.0, abs(layer.alpha))
-    if isinstance(layer, nn.LeakyReLU):
-        return max(1.0, abs(layer.negative_slope))
-    if isinstance(layer, _POOLS) and _is_without_overlap(layer):
+    if _is_a(layer, nn.ELU):
+        return max(1.0, abs(float(layer.alpha)))
+    if _is_a(layer, nn.LeakyReLU):
+        return max(1.0, abs(float(layer.negative_slope)))
+    if _is_a(layer, *_POOLS) and _is_without_overlap(layer):
         return 1.0
-    if type(layer) in _SLOPES:
-        return _SLOPES[type(layer)]
+    for kind, slope in _SLOPES.items():
+        if type(layer) is kind and _is_a(layer, kind):
+            return slope
     raise TypeError(
         f"expected layers whose Lipschitz constants are known, found {name!r} of type "
         f"{type(layer).__name__}: pass a part of the model without it"
@@ -132,9 +154,11 @@ def _is_without_overlap(pool: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) -> boo
     return bool((kernel <= stride).all()) and bool((torch.as_tensor(pool.dilation) == 1).all())
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _jacobian_norm(function: Callable[[Tensor], Tensor], inputs: Tensor, n: int) -> float:
     """Return the largest norm of the Jacobian over a batch of inputs, by power iteration."""
-    x = inputs.detach().requires_grad_()
+    x = inputs.detach().clone().requires_grad_()
     outputs = function(x.clone())  # the first layer may work in place
     generator = torch.Generator(device=x.device).manual_seed(0)
     u = torch.randn(outputs.shape, generator=generator, dtype=x.dtype, device=x.device)

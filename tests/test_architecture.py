@@ -56,7 +56,7 @@ ALLOWED = {
         "term",
     },
     "diagnostics": {"_text", "choices", "discovery", "estimators"},
-    "lipschitz": {"diagnostics", "discovery", "layouts", "operators"},
+    "lipschitz": {"checks", "diagnostics", "discovery", "layouts", "operators"},
     "__init__": {"choices", "diagnostics", "discovery", "lipschitz", "optimizer", "penalties"},
 }
 

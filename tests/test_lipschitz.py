@@ -8,6 +8,7 @@ import torch
 from _models import build
 from test_choices import many
 from test_operators import operator
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from snr_hooks import audit, compare, lipschitz, spectra, stable_rank
@@ -101,6 +102,83 @@ def test_unknown_layers_and_models_that_are_no_sequences_are_refused():
         lipschitz(nn.Sequential(nn.MaxPool2d(3, 2)), torch.randn(1, 2, 5, 5))
     with pytest.raises(TypeError, match=r"expected a torch.nn.Sequential, found Linear"):
         lipschitz(nn.Linear(2, 2), torch.randn(1, 2))
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 5 * super().forward(x)
+
+
+class Steep(nn.ELU):
+    def forward(self, x):
+        return 5 * super().forward(x)
+
+
+class Peaks(nn.MaxPool2d):
+    def forward(self, x):
+        return 5 * super().forward(x)
+
+
+class Noise(nn.Dropout):
+    def forward(self, x):
+        return 5 * x
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Residual(nn.Linear(2, 2)),
+        Scaled(2, 2),
+        Steep(),
+        Peaks(2),
+        Noise(),
+        BatchNormAct2d(3, act_layer=nn.Hardswish),  # a batch norm, and the activation after it
+        Conv2dSame(3, 2, 3, stride=2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_that_do_more_than_what_they_inherit_are_refused(layer):
+    with pytest.raises(TypeError, match=f"found '1' of type {type(layer).__name__}: pass a part"):
+        lipschitz(nn.Sequential(nn.Identity(), layer), torch.randn(1, 3, 4, 4))
+
+
+def test_a_sequence_that_does_more_and_a_patched_layer_are_refused():
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Sequential, found Residual"):
+        lipschitz(Residual(nn.Linear(2, 2)), torch.ones(1, 2))
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: 5 * x
+    with pytest.raises(TypeError, match="found '0' of type Linear"):
+        lipschitz(nn.Sequential(layer), torch.ones(1, 2))
+
+
+def test_layers_that_inherit_all_they_do_are_known():
+    class Named(nn.Linear):
+        pass
+
+    layers = nn.Sequential(Named(2, 2), nn.SyncBatchNorm(2), nn.AlphaDropout(), nn.CELU())
+    assert list(lipschitz(layers[:3], torch.ones(1, 2)).layers) == ["0", "1", "2"]
+    with pytest.raises(TypeError, match="found '3' of type CELU"):
+        lipschitz(layers, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_bounds_are_found_where_gradients_are_off(mode):
+    model, x = network(), inputs()
+    expected = lipschitz(model, x)
+    with mode():
+        assert lipschitz(model, x.clone()) == expected
+
+
+def test_nothing_to_look_at_is_refused():
+    with pytest.raises(ValueError, match="expected n_iterations to be at least 1, found 0"):
+        lipschitz(network(), inputs(), n_iterations=0)
+    with pytest.raises(ValueError, match="expected a batch of at least one input, found shape"):
+        lipschitz(network(), inputs(0))
 
 
 # --- reading checkpoints ---
