@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import torch
@@ -264,7 +265,8 @@ class Held:
     """The terms of another estimator, each used for several steps.
 
     In between nothing is computed. A term is then the gradient for the weights of a few steps
-    ago, where that of the estimator itself is the gradient for the weights as they are.
+    ago, where that of the estimator itself is the gradient for the weights as they are. One of
+    weights that were not finite adds nothing: it would undo that sound ones are loaded since.
 
     Args:
         estimator: Where terms come from.
@@ -304,7 +306,7 @@ class Held:
         if self._is_due(targets):
             terms = self.estimator.advance(targets)
             names = [target.name for target in targets]
-            self._terms = dict(zip(names, terms, strict=True))
+            self._terms = dict(zip(names, map(_if_finite, terms), strict=True))
             self._versions = _versions(targets)
             self._age = 0
         self._age += 1
@@ -335,6 +337,8 @@ class Held:
         """Return the estimator's state, and beside it the held terms and their age."""
         state = self.estimator.state_dict()
         for name, (sigma, u, v, _) in self._terms.items():
+            if not torch.as_tensor(sigma).isfinite().all():
+                continue  # could not be loaded
             held = {"sigma": torch.as_tensor(sigma, dtype=torch.float64), "u": u, "v": v}
             held |= {"age": torch.tensor(self._age)}
             state[name] = {
@@ -366,6 +370,21 @@ class Held:
         restored = type(self)(estimator, self.n_steps, age, terms)
         restored._versions = _versions(target for target in targets if target.name in terms)
         return restored
+
+
+def _if_finite(term: Term) -> Term:
+    """Return a term that adds nothing where sigma is not finite. Does not wait for the device."""
+    if not isinstance(term.sigma, Tensor):
+        return term if math.isfinite(term.sigma) else term._replace(add=_add_nothing)
+    return term._replace(add=partial(_add_where, term.sigma.isfinite(), term.add))
+
+
+def _add_nothing(grad: Tensor, factor: float | Tensor) -> None:
+    """Leave a gradient alone."""
+
+
+def _add_where(condition: Tensor, add: Adder, grad: Tensor, factor: float | Tensor) -> None:
+    add(grad, torch.where(condition, factor, 0.0))
 
 
 def _versions(targets: Iterable[Target]) -> list[tuple[View, object]]:

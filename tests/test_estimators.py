@@ -362,6 +362,45 @@ def test_held_terms_that_could_not_be_renewed_are_renewed_at_the_next_try(monkey
     assert weight.grad.norm().item() == pytest.approx(LAMBDA * sigma, rel=1e-2)
 
 
+@pytest.mark.parametrize("choose", ["matrix", "blocks", {"*": {"top": 2, "penalty": "sigma"}}])
+@pytest.mark.parametrize("n_vectors", [1, 3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_held_terms_of_weights_that_were_not_finite_add_nothing_to_sound_ones(
+    choose, n_vectors, bad
+):
+    model = nn.Conv2d(4, 6, 3, groups=2)
+    sound = model.weight.detach().clone()
+
+    def wrapped():
+        options = {"choose": choose, "n_vectors": n_vectors, "n_power_iterations": 0.25}
+        return SNROptimizer(sgd(model), model, LAMBDA, **options)
+
+    opt = wrapped()
+    terms, states = [], []
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.copy_(torch.full_like(sound, bad) if step == 2 else sound)
+        opt.zero_grad()
+        (0 * model.weight).sum().backward()
+        terms.append(model.weight.grad)
+        opt.step()
+        states.append(opt.state_dict())
+    assert not terms[3].any()  # held since the step before
+    for term in (terms[0], terms[1], terms[4], terms[5]):
+        assert term.isfinite().all()
+        assert term.any()
+    opt.remove()
+    for state in states[2:4]:  # which can be loaded
+        opt = wrapped()
+        opt.load_state_dict(state)
+        opt.zero_grad()
+        with torch.no_grad():
+            model.weight.copy_(sound)
+        (0 * model.weight).sum().backward()
+        assert model.weight.grad.any()
+        opt.remove()
+
+
 def test_held_terms_of_weights_that_were_moved_are_not_counted_twice():
     model = build("mlp")
     opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=0.125)
