@@ -301,9 +301,7 @@ class SNROptimizer(Optimizer):
         self._hooks.rearm()
         self._term.outdate()
         self._term.index_groups()
-        unfrozen = any(weight.requires_grad for weight in self._frozen)
-        if (self._term.regrouped or unfrozen) and not self._removed:
-            self._adopt_targets()
+        self._adopt_unfrozen()
 
     def _check_parameters(self) -> None:
         """Refuse to go on with a parameter that the model does not use any more, or not as it is.
@@ -400,6 +398,12 @@ class SNROptimizer(Optimizer):
             for group in _groups_with(self.optimizer, self._groups_given_lambda):
                 group[STRENGTH] = self._term.now(self._term.default, "lambda_")
 
+    def _adopt_unfrozen(self) -> None:
+        """Hook the weights that joined the optimizer, or are trained, since the last time."""
+        unfrozen = any(weight.requires_grad for weight in self._frozen)
+        if (self._term.regrouped or unfrozen) and not self._removed:
+            self._adopt_targets()
+
     def _adopt_targets(self) -> None:
         """Hook the weights that can be regularized by now and were not before."""
         found = self._discover()
@@ -475,6 +479,7 @@ class SNROptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         vectors, steps = saved_state(state_dict)
+        self._adopt_unfrozen()  # which have vectors in the state
         strengths = [group.get(STRENGTH) for group in self.param_groups]
         estimator = self._term.estimator.restored(vectors, self.targets)
         self.optimizer.load_state_dict(

@@ -384,6 +384,28 @@ def test_a_weight_unfrozen_later_is_regularized_from_the_next_zero_grad_on(throu
 # --- state ---
 
 
+def test_a_state_with_a_weight_that_was_unfrozen_continues_bitwise():
+    def frozen():
+        model = build("mlp")
+        model.body[0].weight.requires_grad_(False)
+        return model, wrap(model)
+
+    model, opt = frozen()
+    train(model, opt, 2)
+    model.body[0].weight.requires_grad_(True)
+    train(model, opt, 2)
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    train(model, opt, 3)
+
+    resumed, new = frozen()
+    resumed.load_state_dict(saved[0])
+    resumed.body[0].weight.requires_grad_(True)
+    new.load_state_dict(saved[1])
+    train(resumed, new, 3)
+    assert len(new.targets) == len(opt.targets) == 2
+    assert_same(resumed, model)
+
+
 @pytest.mark.parametrize("make", [sgd, adamw])
 @pytest.mark.parametrize(
     "options",
