@@ -291,7 +291,7 @@ def _singular_values(target: Target) -> Tensor:
     matrix = target.view.matrix(target.parameter.detach()).to("cpu", torch.float64)
     *batch, m, n = matrix.shape
     if not matrix.isfinite().all():
-        return torch.full((math.prod(batch) * min(m, n),), torch.nan, dtype=torch.float64)
+        return matrix.new_full((math.prod(batch) * min(m, n),), torch.nan)
     values: Tensor = torch.linalg.svdvals(matrix).flatten().sort(descending=True).values
     return values
 
@@ -300,7 +300,7 @@ def _converged(target: Target, tolerance: float = 1e-5) -> Tensor:
     """Return the four largest singular values of an operator, iterated until they hardly grow."""
     iteration = SubspaceIteration(n_products=20, n_vectors=8, tolerance=math.inf, seed=0)
     target = target._replace(top=4)
-    sigma = last = torch.zeros(4, dtype=torch.float64)
+    sigma = last = torch.zeros(4, dtype=torch.float64, device="cpu")
     for _ in range(500):
         (term,) = iteration.advance([target])
         last, sigma = sigma, torch.as_tensor(term.sigma, device="cpu")

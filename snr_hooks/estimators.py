@@ -53,6 +53,10 @@ class Term(NamedTuple):
     v: Tensor
     add: Adder
 
+    def sigma_as_tensor(self) -> Tensor:
+        """Return sigma in float64, on the device of the vectors."""
+        return torch.as_tensor(self.sigma, dtype=torch.float64, device=self.u.device)
+
 
 class Estimator(Protocol):
     """What the optimizer needs of an estimator."""
@@ -192,7 +196,7 @@ class SubspaceIteration:
         state = self._by_name(())
         for name, size in self._versions.items():
             if isinstance(size, tuple) and name in state:
-                state[name] = {**state[name], "input_size": torch.tensor(size)}
+                state[name] = {**state[name], "input_size": torch.tensor(size, device="cpu")}
         return state
 
     def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
@@ -336,11 +340,12 @@ class Held:
     def state_dict(self) -> dict[str, Vectors]:
         """Return the estimator's state, and beside it the held terms and their age."""
         state = self.estimator.state_dict()
-        for name, (sigma, u, v, _) in self._terms.items():
-            if not torch.as_tensor(sigma).isfinite().all():
+        for name, term in self._terms.items():
+            sigma = term.sigma_as_tensor()
+            if not sigma.isfinite().all():
                 continue  # could not be loaded
-            held = {"sigma": torch.as_tensor(sigma, dtype=torch.float64), "u": u, "v": v}
-            held |= {"age": torch.tensor(self._age)}
+            age = torch.tensor(self._age, device="cpu")
+            held = {"sigma": sigma, "u": term.u, "v": term.v, "age": age}
             state[name] = {
                 **state.get(name, {}),
                 **{key: part.clone() for key, part in held.items()},

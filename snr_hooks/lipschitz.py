@@ -150,8 +150,9 @@ def _norm(target: Target) -> float:
 
 
 def _is_without_overlap(pool: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) -> bool:
-    kernel, stride = torch.as_tensor(pool.kernel_size), torch.as_tensor(pool.stride)
-    return bool((kernel <= stride).all()) and bool((torch.as_tensor(pool.dilation) == 1).all())
+    sizes = (pool.kernel_size, pool.stride, pool.dilation)
+    kernel, stride, dilation = (torch.as_tensor(size, device="cpu") for size in sizes)
+    return bool((kernel <= stride).all()) and bool((dilation == 1).all())
 
 
 @torch.inference_mode(False)

@@ -173,7 +173,7 @@ class ConvolutionView:
         copies = 1
         if self.mode != "zeros":
             for size, padding in zip(sizes, paddings, strict=True):
-                places = torch.empty(1, 1, size)
+                places = torch.empty(1, 1, size, device="cpu")
                 copies *= int(self._sources(places, 2, padding).bincount().max())
         return largest * math.sqrt(copies)
 

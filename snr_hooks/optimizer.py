@@ -361,7 +361,7 @@ class SNROptimizer(Optimizer):
         """
         terms = self._term.estimator.peek(self.targets)
         return {
-            target.name: float(torch.as_tensor(term.sigma, dtype=torch.float64).max())
+            target.name: float(term.sigma_as_tensor().max())
             for target, term in zip(self.targets, terms, strict=True)
         }
 

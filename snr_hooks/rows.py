@@ -175,5 +175,6 @@ def _chunk(lengths: Sequence[int], counts: Sequence[int]) -> int:
 
 def signs(k: int, n: int) -> Tensor:
     """Return k rows of n signs without a pattern that a weight is likely to annihilate."""
-    multiples = torch.arange(1, k + 1)[:, None] * torch.arange(1, n + 1) * (math.sqrt(5) - 1) / 2
+    first, second = (torch.arange(1, end + 1, device="cpu") for end in (k, n))
+    multiples = first[:, None] * second * (math.sqrt(5) - 1) / 2
     return torch.where(multiples.frac() < 0.5, 1.0, -1.0)

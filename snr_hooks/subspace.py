@@ -227,6 +227,6 @@ def starting_vectors(k: int, n: int, seed: int, name: str, n_blocks: int | None 
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
     shape = (n, k) if n_blocks is None else (n_blocks, n, k)
     orthonormal: Tensor = torch.linalg.qr(
-        torch.randn(shape, generator=generator, dtype=torch.float64)
+        torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     ).Q
     return orthonormal.mT.contiguous()

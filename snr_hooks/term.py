@@ -238,12 +238,12 @@ def _add_(change: Tensor, weight: Tensor) -> None:
 
 def _slope(target: Target, sigma: float | Tensor) -> float | Tensor:
     """Return the derivative of the penalty by each singular value that counts, 0 for others."""
-    if target.penalty.derivative is HALF_SQUARE.derivative:
-        slope = sigma
-    else:
-        slope = target.penalty.derivative(torch.as_tensor(sigma, dtype=torch.float64))
+    is_sigma = target.penalty.derivative is HALF_SQUARE.derivative
+    if is_sigma and not target.view.pooled:
+        return sigma
+    double = partial(torch.as_tensor, dtype=torch.float64, device=target.parameter.device)
+    slope = sigma if is_sigma else target.penalty.derivative(double(sigma))
     if target.view.pooled:
-        double = partial(torch.as_tensor, dtype=torch.float64)
         slope = _of_largest(double(slope), double(sigma), target.top)
     return slope
 
