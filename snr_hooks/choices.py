@@ -32,6 +32,13 @@ VIEWS = {
     "operator": "a convolution as operator on its input; else as blocks",
     "skip": "not regularized",
 }
+_USED_BY = {
+    "norm": ("blocks", "heads", "operator"),
+    "heads": ("heads",),
+    "kv_heads": ("heads",),
+    "input_size": ("operator",),
+}
+"""The views that use a key; the other keys are for all."""
 NORMS = ("largest", "each")
 WEIGHTS = ("stored", "effective", "folded")
 
@@ -142,18 +149,37 @@ class Choices:
         return choice
 
     def check_patterns(self, names: Sequence[str]) -> None:
-        """Refuse patterns that match none of the names.
+        """Refuse patterns that match none of the names, or say what has no effect on any.
 
         Raises:
-            ValueError: One does not.
+            ValueError: One does.
         """
         for layer in self._layers:
-            for pattern in layer.entries:
-                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            for pattern, entry in layer.entries.items():
+                matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+                if not matched:
                     raise ValueError(
                         f"the pattern {pattern!r} in choose matches no parameter of the model; "
                         f"{nearest(pattern, names)}"
                     )
+                for key in entry.keys() & _USED_BY.keys():
+                    if self._views_of(matched).isdisjoint(_USED_BY[key]):
+                        views = " or ".join(map(repr, _USED_BY[key]))
+                        raise ValueError(
+                            f"expected {key} of {pattern!r} together with view {views}, found no "
+                            "such view for what the pattern matches, so that it would have no "
+                            "effect: add the view, or leave it out"
+                        )
+
+    def _views_of(self, names: Sequence[str]) -> set[str]:
+        """Return all views that are said, by name, of any of some parameters."""
+        return {
+            entry["view"]
+            for layer in self._layers
+            for pattern, entry in layer.entries.items()
+            if isinstance(entry.get("view"), str)
+            and any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        }
 
 
 def _layers(choose: Choose) -> Sequence[Any]:

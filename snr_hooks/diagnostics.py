@@ -108,15 +108,15 @@ def audit(model_or_optimizer: nn.Module | Regularized, choose: Choose = None) ->
     Args:
         model_or_optimizer: An ``SNROptimizer``, to check its estimates; or a model, to
             see the norms of all its linear maps, frozen ones included.
-        choose: How the weights of a model are seen; those of an optimizer are seen as it
-            sees them.
+        choose: How the weights of a model are seen; not with an optimizer, which says so itself.
 
     Returns:
         A row a weight; ``print`` shows a table.
 
     Raises:
         TypeError: The argument is neither.
-        ValueError: ``choose`` does not fit, or an operator's input size is not known.
+        ValueError: ``choose`` does not fit or comes with an optimizer, or an operator's input
+            size is not known.
     """
     targets = _targets(model_or_optimizer, choose)
     estimates: Mapping[str, float] = {}
@@ -133,7 +133,8 @@ def spectra(
     Args:
         model_or_optimizer: Any module with values; or an ``SNROptimizer``, for the weights that
             it regularizes as it sees them.
-        choose: How the weights of a model are seen. The singular values of blocks come together.
+        choose: How the weights of a model are seen; not with an optimizer, which says so itself.
+            The singular values of blocks come together.
 
     Returns:
         By parameter name, the singular values in float64 on the CPU, in descending order; NaN
@@ -142,7 +143,8 @@ def spectra(
 
     Raises:
         TypeError: The first argument is neither.
-        ValueError: ``choose`` does not fit, or an operator's input size is not known.
+        ValueError: ``choose`` does not fit or comes with an optimizer, or an operator's input
+            size is not known.
     """
     targets = _targets(model_or_optimizer, choose)
     return {target.name: _singular_values(target) for target in targets}
@@ -227,9 +229,12 @@ def compare(before: nn.Module, after: nn.Module, choose: Choose = None) -> Compa
     Raises:
         ValueError: The models do not have the same weights, or ``choose`` does not fit.
     """
-    first, second = audit(before, choose), {row.name: row for row in audit(after, choose)}
-    if [row.name for row in first] != list(second):
-        other = {row.name for row in first} ^ second.keys()
+    first, second = audit(before, choose), audit(after, choose)
+    weights = [
+        [f"{row.name} ({dimensions(row.shape)})" for row in rows] for rows in (first, second)
+    ]
+    if weights[0] != weights[1]:
+        other = set(weights[0]) ^ set(weights[1])
         raise ValueError(
             "expected two models with the same weights, found "
             f"{', '.join(sorted(other)[:3]) or 'another order'} in one of them only: build "
@@ -241,11 +246,11 @@ def compare(before: nn.Module, after: nn.Module, choose: Choose = None) -> Compa
                 row.name,
                 row.view,
                 row.sigma,
-                second[row.name].sigma,
+                then.sigma,
                 row.stable_rank,
-                second[row.name].stable_rank,
+                then.stable_rank,
             )
-            for row in first
+            for row, then in zip(first, second, strict=True)
         )
     )
 
@@ -257,6 +262,11 @@ def _targets(model_or_optimizer: nn.Module | Regularized, choose: Choose) -> Seq
         raise TypeError(
             "expected a torch.nn.Module or an SNROptimizer, found "
             f"{type(model_or_optimizer).__name__}"
+        )
+    if choose is not None:
+        raise ValueError(
+            f"expected choose with a model only, found {choose!r} with an optimizer, whose weights "
+            "are seen as was chosen for it: leave choose out, or pass the model"
         )
     return model_or_optimizer.targets
 

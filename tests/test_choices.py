@@ -23,6 +23,7 @@ from snr_hooks import (
     squared_hinge,
 )
 from snr_hooks.choices import FAMILIES, Choice
+from snr_hooks.views import MatrixView
 
 
 class Attention(nn.Module):
@@ -693,6 +694,25 @@ def test_later_layers_win_and_patterns_complete_each_other():
             ValueError,
             "input_size of 'body.0.weight' to have 2 dimensions",
         ),
+        ({"*": {"norm": "each"}}, ValueError, "norm of '\\*' together with view 'blocks' or 'hea"),
+        ({"*": Choice(norm="each")}, ValueError, "norm of '\\*' together with view"),
+        ({"*": {"heads": 3}}, ValueError, "heads of '\\*' together with view 'heads', found no"),
+        (["blocks", {"*": {"kv_heads": 3}}], ValueError, "kv_heads of '\\*' together with view 'h"),
+        (
+            ["heads", {"*": {"input_size": 6}}],
+            ValueError,
+            "input_size of .* view 'operator', found",
+        ),
+        (
+            {"head.*": "blocks", "body.0.weight": {"norm": "each"}},
+            ValueError,
+            "norm of 'body.0.weight' together with",
+        ),
+        (
+            {"*": {"view": MatrixView(), "norm": "each"}},
+            ValueError,
+            "norm of '\\*' together with view",
+        ),
     ],
 )
 def test_bad_choices_are_refused(choose, error, message):
@@ -790,3 +810,16 @@ def test_families_are_choices_by_name(family, qkv, convolution):
     assert qkv in found["attn.qkv.weight"]
     assert convolution in found["body.2.weight"]
     assert set(FAMILIES) == {"residual", "mixer", "vit", "mobile"}
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        [{"*": {"norm": "each", "input_size": 6}}, "heads", {"body.*": "operator"}],
+        ["heads", {"*": {"norm": "largest"}}, {"body.*": "matrix"}],
+        {"*": {"norm": "each"}, "attn.*": "blocks"},
+    ],
+    ids=str,
+)
+def test_what_a_choice_says_may_be_of_use_to_some_of_the_weights_only(choose):
+    assert discover(many(), choose=choose).targets

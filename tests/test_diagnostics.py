@@ -90,3 +90,11 @@ def test_diagnostics_change_nothing():
     for name, p in model.state_dict().items():
         assert torch.equal(p, before[name])
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("read", [audit, spectra])
+def test_an_optimizer_says_itself_how_its_weights_are_seen(read):
+    model = build("mlp")
+    opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(ValueError, match="expected choose with a model only, found 'matrix'"):
+        read(opt, "matrix")

@@ -199,6 +199,10 @@ def test_two_checkpoints_side_by_side():
     assert "2 groups of 3 x 27, the largest norm" in text
     with pytest.raises(ValueError, match="expected two models with the same weights"):
         compare(before, build("mlp"))
+    with pytest.raises(
+        ValueError, match=r"found weight \(4 x 3\), weight \(5 x 3\) in one of them"
+    ):
+        compare(nn.Linear(3, 4), nn.Linear(3, 5))
 
 
 def test_stable_rank():
