@@ -93,7 +93,8 @@ class SNROptimizer(Optimizer):
             accelerators, where it would wait for the device, and on sharded weights.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
-            term is scaled with the loss, so that unscaling restores lambda. A deep copy of
+            term is scaled with the loss, so that unscaling restores lambda; not needed where it
+            is ``decoupled``. A deep copy of
             the wrapper has a copy of the scaler: copy both in one call.
         seed: Seed of the starting vectors. The global random stream is not touched.
 
@@ -229,7 +230,8 @@ class SNROptimizer(Optimizer):
         clips, also without a scaler.
         """
         asked_by_scaler = sys._getframe(1).f_code is torch.amp.GradScaler.step.__code__
-        if asked_by_scaler and self._term.scaler is None and not self._removed:
+        in_gradient = not (self._decoupled or self._removed)
+        if asked_by_scaler and self._term.scaler is None and in_gradient:
             raise RuntimeError(
                 "expected the GradScaler that steps this optimizer to be known, found "
                 "scaler=None: the term would be divided by the loss scale; nothing was "

@@ -194,11 +194,13 @@ def test_decoupled_leaves_gradients_and_unused_weights_alone():
     assert "decoupled" in repr(opt)
 
 
-def test_decoupled_is_not_scaled_with_the_loss_and_not_applied_in_skipped_steps():
+@pytest.mark.parametrize("known", [True, False])  # to no avail, for nothing is to be scaled
+def test_decoupled_is_not_scaled_with_the_loss_and_not_applied_in_skipped_steps(known):
     scaled, bare = build("mlp", torch.float32), build("mlp", torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     make = OPTIMIZERS["sgd"]
-    opt = SNROptimizer(make(scaled.parameters()), scaled, 0.5, decoupled=True, scaler=scaler)
+    options = {"decoupled": True, "scaler": scaler if known else None}
+    opt = SNROptimizer(make(scaled.parameters()), scaled, 0.5, **options)
     for step in range(6):
         opt.zero_grad()
         factor = torch.inf if step == 2 else 1.0
