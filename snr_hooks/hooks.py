@@ -21,6 +21,7 @@ The term is added by a post-accumulate hook, on ``p.grad`` itself: gradients tha
 ``torch.autograd.grad`` returns are left alone, DDP averages the result, clipping sees it.
 """
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable
 from weakref import WeakValueDictionary, finalize, ref
@@ -59,6 +60,9 @@ class GradientHooks:
         Raises:
             RuntimeError: A weight is hooked already, which would double its term.
         """
+        targets = list(targets)
+        if any(id(target.parameter) in _hooked for target in targets):
+            gc.collect()  # a dropped wrapper may be in a cycle, as Lightning's trainers are
         by_parameter: dict[int, list[Target]] = {}
         for target in targets:
             by_parameter.setdefault(id(target.parameter), []).append(target)

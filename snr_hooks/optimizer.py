@@ -94,8 +94,8 @@ class SNROptimizer(Optimizer):
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
             term is scaled with the loss, so that unscaling restores lambda; not needed where it
-            is ``decoupled``. A deep copy of
-            the wrapper has a copy of the scaler: copy both in one call.
+            is ``decoupled``. A deep copy of the wrapper has a copy of the scaler: copy both in
+            one call.
         seed: Seed of the starting vectors. The global random stream is not touched.
 
     Attributes:

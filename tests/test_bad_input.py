@@ -1,7 +1,9 @@
 """Bad input gets an error that says what was expected, found and to do; nothing is lost."""
 
 import copy
+import gc
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +203,21 @@ def test_wrapping_twice():
     assert opt.state_dict()["param_groups"] == before["param_groups"]
     opt.remove()
     SNROptimizer(sgd(model), model)
+
+
+def test_a_wrapper_that_only_a_cycle_refers_to_is_gone():
+    model = build("mlp")
+    gc.disable()
+    try:
+        owner = SimpleNamespace(optimizer=SNROptimizer(sgd(model), model))
+        owner.itself = owner
+        del owner
+        opt = SNROptimizer(sgd(model), model)
+    finally:
+        gc.enable()
+    assert opt.targets
+    weights = [model.body[0].weight, model.body[2].weight]
+    assert [len(weight._post_accumulate_grad_hooks) for weight in weights] == [1, 1]
 
 
 def test_a_refused_wrapper_leaves_model_and_optimizer_as_they_were():

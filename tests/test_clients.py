@@ -297,6 +297,21 @@ def test_lightning_steps_with_one_term_a_step(tmp_path, make, accumulate, clip):
 
 
 @lightning_test
+def test_lightning_fits_a_module_again_with_another_trainer_or_after_a_search(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    model = build("convolutions")
+    module, batches = lightning_module(model), data(model, 4)
+    trainer(tmp_path).fit(module, batches)
+    last = trainer(tmp_path)  # that before was dropped, but is in a cycle with its wrapper
+    lightning.pytorch.tuner.Tuner(last).lr_find(
+        module, batches, num_training=3, attr_name="unused", update_attr=False
+    )
+    last.optimizers[0].remove()
+    last.fit(module, batches)
+    assert last.optimizers[0].targets
+
+
+@lightning_test
 def test_lightning_resumes_bitwise_from_its_checkpoint(tmp_path):
     whole, model, resumed = (build("convolutions") for _ in range(3))
     batches = data(whole, 4)
