@@ -162,9 +162,9 @@ class Choices:
                         f"the pattern {pattern!r} in choose matches no parameter of the model; "
                         f"{nearest(pattern, names)}"
                     )
-                for key in entry.keys() & _USED_BY.keys():
-                    if self._views_of(matched).isdisjoint(_USED_BY[key]):
-                        views = " or ".join(map(repr, _USED_BY[key]))
+                for key, users in _USED_BY.items():
+                    if key in entry and self._views_of(matched).isdisjoint(users):
+                        views = " or ".join(map(repr, users))
                         raise ValueError(
                             f"expected {key} of {pattern!r} together with view {views}, found no "
                             "such view for what the pattern matches, so that it would have no "

@@ -111,8 +111,12 @@ def _constants(sequence: nn.Sequential, x: Tensor, path: str = "") -> Iterable[t
 def _is_a(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a layer does what one of some kinds does, and no more, as subclasses may."""
     # timm's batch norms, for one, apply an activation.
-    forward = vars(layer).get("forward", type(layer).forward)
-    return any(isinstance(layer, kind) and forward is kind.forward for kind in kinds)
+    return any(
+        isinstance(layer, kind)
+        and type(layer).forward is kind.forward
+        and "forward" not in vars(layer)
+        for kind in kinds
+    )
 
 
 def _constant(layer: Any, x: Tensor, name: str) -> float:

@@ -150,6 +150,8 @@ def test_layers_that_do_more_than_what_they_inherit_are_refused(layer):
 def test_a_sequence_that_does_more_and_a_patched_layer_are_refused():
     with pytest.raises(TypeError, match=r"expected a torch.nn.Sequential, found Residual"):
         lipschitz(Residual(nn.Linear(2, 2)), torch.ones(1, 2))
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Sequential, found list"):
+        lipschitz([nn.Linear(2, 2)], torch.ones(1, 2))
     layer = nn.Linear(2, 2)
     layer.forward = lambda x: 5 * x
     with pytest.raises(TypeError, match="found '0' of type Linear"):
