@@ -12,7 +12,7 @@ is in ``choices``; which maps a module stacks in one weight is in ``layouts``.
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -219,10 +219,11 @@ def _matcher(
     """Compile a selection into a predicate; None is ``default`` for every name."""
     if selection is None:
         return lambda name: default
-    if callable(selection):
+    if callable(selection) and not isinstance(selection, nn.Module):
         return selection
-    patterns = [selection] if isinstance(selection, str) else selection
-    patterns = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    patterns: list[Any] = [selection]
+    if isinstance(selection, Iterable) and not isinstance(selection, str):
+        patterns = list(selection)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(
             f"expected {which} to be None, a shell pattern, several of them, or a "

@@ -4,7 +4,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -591,6 +591,6 @@ def _check_optimizer(optimizer: object) -> None:
 
 def _reusable(selection: Selection) -> Selection:
     """Turn an iterator of patterns, good for one pass, into a tuple."""
-    if selection is None or isinstance(selection, str) or callable(selection):
-        return selection
-    return tuple(selection)
+    if not isinstance(selection, str) and isinstance(selection, Iterable):
+        return tuple(selection)
+    return selection

@@ -179,6 +179,14 @@ def test_the_optimizer_holds_no_weight_but_something_else():
         SNROptimizer(biases, model)
 
 
+@pytest.mark.parametrize("which", ["include", "exclude"])
+@pytest.mark.parametrize("found", [3, nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), [b"head"]])
+def test_a_selection_that_is_neither_patterns_nor_a_predicate(which, found):
+    model = build("mlp")
+    with pytest.raises(TypeError, match=f"expected {which} to be None, a shell pattern, several"):
+        SNROptimizer(sgd(model), model, **{which: found})
+
+
 def test_include_without_a_match_names_the_nearest():
     model = build("mlp")
     with pytest.raises(ValueError, match=r"'body\.0\.wieght' .* nearest: 'body\.0\.weight'"):
