@@ -136,6 +136,7 @@ class Choices:
 
     def __init__(self, choose: Choose = None) -> None:
         self._layers = [_Layer(_entries(layer)) for layer in _layers(choose)]
+        self._check_uses()
 
     def of(self, names: Sequence[str]) -> Choice:
         """Return the choice for a weight, given all names that it has.
@@ -149,37 +150,31 @@ class Choices:
         return choice
 
     def check_patterns(self, names: Sequence[str]) -> None:
-        """Refuse patterns that match none of the names, or say what has no effect on any.
+        """Refuse patterns that match none of the names.
 
         Raises:
-            ValueError: One does.
+            ValueError: One does not.
         """
         for layer in self._layers:
-            for pattern, entry in layer.entries.items():
-                matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-                if not matched:
+            for pattern in layer.entries:
+                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                     raise ValueError(
                         f"the pattern {pattern!r} in choose matches no parameter of the model; "
                         f"{nearest(pattern, names)}"
                     )
-                for key, users in _USED_BY.items():
-                    if key in entry and self._views_of(matched).isdisjoint(users):
-                        views = " or ".join(map(repr, users))
-                        raise ValueError(
-                            f"expected {key} of {pattern!r} together with view {views}, found no "
-                            "such view for what the pattern matches, so that it would have no "
-                            "effect: add the view, or leave it out"
-                        )
 
-    def _views_of(self, names: Sequence[str]) -> set[str]:
-        """Return all views that are said, by name, of any of some parameters."""
-        return {
-            entry["view"]
-            for layer in self._layers
-            for pattern, entry in layer.entries.items()
-            if isinstance(entry.get("view"), str)
-            and any(fnmatch.fnmatchcase(name, pattern) for name in names)
-        }
+    def _check_uses(self) -> None:
+        """Refuse what no view uses that is chosen for any weight: the matrix would do without."""
+        entries = [item for layer in self._layers for item in layer.entries.items()]
+        views = [entry["view"] for _, entry in entries if "view" in entry]
+        for pattern, entry in entries:
+            for key, users in _USED_BY.items():
+                if key in entry and not any(user in views for user in users):
+                    raise ValueError(
+                        f"expected {key} of {pattern!r} together with view "
+                        f"{' or '.join(map(repr, users))}, found none of these in choose, so that "
+                        "it would have no effect: add the view, or leave it out"
+                    )
 
 
 def _layers(choose: Choose) -> Sequence[Any]:

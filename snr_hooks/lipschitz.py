@@ -17,6 +17,7 @@ from snr_hooks.diagnostics import is_written_out
 from snr_hooks.discovery import Target, linear_maps
 from snr_hooks.layouts import LINEAR
 from snr_hooks.operators import ConvolutionView
+from snr_hooks.viewing import SAME
 
 # The largest slope of each, in float64 by a fine grid; the tests find it again.
 _SLOPES: dict[type[nn.Module], float] = {
@@ -31,6 +32,8 @@ _SLOPES: dict[type[nn.Module], float] = {
     nn.GELU: 1.129,
     nn.SiLU: 1.1,
 }
+_APPLY = ("__call__", "forward", "_conv_forward")
+"""What a layer is applied by."""
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (
@@ -75,6 +78,7 @@ def lipschitz(sequence: nn.Sequential, inputs: Tensor, n_iterations: int = 50) -
     Raises:
         TypeError: ``sequence`` is no ``nn.Sequential``, or a layer in it is of a kind whose
             constant is not known; so is one whose forward is its own, whatever it inherits from.
+            Forward hooks are taken to change nothing.
         ValueError: There are no inputs or no iterations.
     """
     if not _is_a(sequence, nn.Sequential):
@@ -113,14 +117,14 @@ def _is_a(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     # timm's batch norms, for one, apply an activation.
     return any(
         isinstance(layer, kind)
-        and type(layer).forward is kind.forward
-        and "forward" not in vars(layer)
+        and all(getattr(type(layer), name, None) is getattr(kind, name, None) for name in _APPLY)
+        and vars(layer).keys().isdisjoint(_APPLY)
         for kind in kinds
     )
 
 
 def _constant(layer: Any, x: Tensor, name: str) -> float:
-    if _is_a(layer, *LINEAR):
+    if _is_a(layer, *LINEAR) or type(layer).__name__ in SAME:
         size = {"view": "operator"} | ({"input_size": tuple(x.shape[2:])} if x.ndim > 2 else {})
         choose = "matrix" if isinstance(layer, nn.Linear) else {"weight": size}
         maps = linear_maps(layer, choose) if "weight" in layer._parameters else []
@@ -138,7 +142,7 @@ def _constant(layer: Any, x: Tensor, name: str) -> float:
     if _is_a(layer, *_POOLS) and _is_without_overlap(layer):
         return 1.0
     for kind, slope in _SLOPES.items():
-        if type(layer) is kind and _is_a(layer, kind):
+        if _is_a(layer, kind):
             return slope
     raise TypeError(
         f"expected layers whose Lipschitz constants are known, found {name!r} of type "

@@ -481,6 +481,7 @@ class SNROptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         vectors, steps = saved_state(state_dict)
+        self._term.index_groups()
         self._adopt_unfrozen()  # which have vectors in the state
         strengths = [group.get(STRENGTH) for group in self.param_groups]
         estimator = self._term.estimator.restored(vectors, self.targets)
@@ -591,6 +592,7 @@ def _check_optimizer(optimizer: object) -> None:
 
 def _reusable(selection: Selection) -> Selection:
     """Turn an iterator of patterns, good for one pass, into a tuple."""
-    if not isinstance(selection, str) and isinstance(selection, Iterable):
-        return tuple(selection)
-    return selection
+    is_predicate = callable(selection) and not isinstance(selection, nn.Module)
+    if is_predicate or isinstance(selection, str) or not isinstance(selection, Iterable):
+        return selection
+    return tuple(selection)

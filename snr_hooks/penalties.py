@@ -160,7 +160,7 @@ def _checked_target(target: object, name: str) -> float:
 
 def _check_derivative(penalty: Penalty) -> None:
     """Try a derivative once, rather than in the middle of a backward pass."""
-    sigma = torch.tensor([[0.25, 0.5], [1.0, 4.0]], dtype=torch.float64, device="cpu")
+    sigma = torch.tensor([[0.25, 0.5], [1.0, 4.0]], dtype=torch.float64)
     found = penalty.derivative(sigma)
     if not isinstance(found, Tensor):
         raise TypeError(

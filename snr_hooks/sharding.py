@@ -124,12 +124,14 @@ def add_up(parts: "Iterable[tuple[ProcessGroup, Tensor]]") -> None:
     together: dict[tuple[ProcessGroup, torch.dtype], list[Tensor]] = {}
     for group, tensor in parts:
         together.setdefault((group, tensor.dtype), []).append(tensor)
-    _latest.clear()
+    if together:
+        _latest.clear()
     for (group, _), tensors in together.items():
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         work = torch.distributed.all_reduce(flat, group=group, async_op=True)
-        work.wait()
-        _latest.append(work)
+        if work is not None:  # as outside of the group
+            work.wait()
+            _latest.append(work)
         sums = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, total in zip(tensors, sums, strict=True):
             tensor.copy_(total.view(tensor.shape))

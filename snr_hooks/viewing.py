@@ -25,7 +25,7 @@ _STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv
 _FIXED = {"_SpectralNorm", "_Orthogonal"}
 
 # timm's convolutions that pad as TensorFlow's SAME does, by the size of the input.
-_SAME = {"Conv2dSame", "Conv2dSameExport", "StdConv2dSame", "ScaledStdConv2dSame"}
+SAME = {"Conv2dSame", "Conv2dSameExport", "StdConv2dSame", "ScaledStdConv2dSame"}
 
 
 Function = Standardized | Parametrized | Folded
@@ -203,7 +203,7 @@ def _operator(weight: _Used, choice: Choice) -> View:
             f"expected input_size of {weight.name!r} to have {n_dimensions} dimensions, found "
             f"{size}"
         )
-    same = is_a(module, *_SAME) and getattr(module, "same_pad", True)
+    same = is_a(module, *SAME) and getattr(module, "same_pad", True)
     return convolution_view(module, InputSize(weight.name, module, size), same=same)
 
 

@@ -56,7 +56,7 @@ ALLOWED = {
         "term",
     },
     "diagnostics": {"_text", "choices", "discovery", "estimators"},
-    "lipschitz": {"checks", "diagnostics", "discovery", "layouts", "operators"},
+    "lipschitz": {"checks", "diagnostics", "discovery", "layouts", "operators", "viewing"},
     "__init__": {"choices", "diagnostics", "discovery", "lipschitz", "optimizer", "penalties"},
 }
 

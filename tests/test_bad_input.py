@@ -187,6 +187,16 @@ def test_a_selection_that_is_neither_patterns_nor_a_predicate(which, found):
         SNROptimizer(sgd(model), model, **{which: found})
 
 
+def test_a_predicate_may_be_a_collection_too():
+    class Layers(set):
+        def __call__(self, name):
+            return name.rpartition(".")[0] in self
+
+    model = build("mlp")
+    opt = SNROptimizer(sgd(model), model, exclude=Layers({"body.0"}))
+    assert [target.name for target in opt.targets] == ["body.2.weight"]
+
+
 def test_include_without_a_match_names_the_nearest():
     model = build("mlp")
     with pytest.raises(ValueError, match=r"'body\.0\.wieght' .* nearest: 'body\.0\.weight'"):

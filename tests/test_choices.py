@@ -706,11 +706,6 @@ def test_later_layers_win_and_patterns_complete_each_other():
             "input_size of .* view 'operator', found",
         ),
         (
-            {"head.*": "blocks", "body.0.weight": {"norm": "each"}},
-            ValueError,
-            "norm of 'body.0.weight' together with",
-        ),
-        (
             {"*": {"view": MatrixView(), "norm": "each"}},
             ValueError,
             "norm of '\\*' together with view",
@@ -814,12 +809,23 @@ def test_families_are_choices_by_name(family, qkv, convolution):
     assert set(FAMILIES) == {"residual", "mixer", "vit", "mobile"}
 
 
+def test_two_names_of_one_weight_may_say_view_and_norm():
+    model = many()
+    model.again = nn.Conv2d(3, 6, 3, groups=3)
+    model.more = nn.Conv2d(3, 6, 3, groups=3)
+    model.more.weight = model.again.weight
+    found = discover(model, choose={"again.weight": "blocks", "more.weight": {"norm": "each"}})
+    [target] = [target for target in found.targets if target.parameter is model.again.weight]
+    assert not target.view.pooled
+
+
 @pytest.mark.parametrize(
     "choose",
     [
         [{"*": {"norm": "each", "input_size": 6}}, "heads", {"body.*": "operator"}],
         ["heads", {"*": {"norm": "largest"}}, {"body.*": "matrix"}],
         {"*": {"norm": "each"}, "attn.*": "blocks"},
+        {"body.0.weight": {"norm": "each"}, "body.0.*": "operator"},
     ],
     ids=str,
 )

@@ -69,7 +69,9 @@ def trained(options, x, where):
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_training_is_the_same(case):
+def test_training_is_the_same(case, monkeypatch):
+    # Tried on the default device, where users' derivatives have their constants.
+    monkeypatch.setattr("snr_hooks.penalties._check_derivative", lambda penalty: None)
     x = torch.randn(8, 4, 6, 6)
     plain, *expected = trained(OPTIONS[case], x, nullcontext())
     weights, *found = trained(OPTIONS[case], x, torch.device("meta"))

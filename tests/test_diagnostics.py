@@ -98,3 +98,5 @@ def test_an_optimizer_says_itself_how_its_weights_are_seen(read):
     opt = SNROptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
     with pytest.raises(ValueError, match="expected choose with a model only, found 'matrix'"):
         read(opt, "matrix")
+    with pytest.raises(ValueError, match="expected choose with a model only"):
+        read(opt, {})

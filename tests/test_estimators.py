@@ -401,6 +401,38 @@ def test_held_terms_of_weights_that_were_not_finite_add_nothing_to_sound_ones(
         opt.remove()
 
 
+def test_held_terms_of_the_sound_blocks_of_a_weight_are_added_and_can_be_loaded():
+    model = nn.Conv2d(4, 6, 3, groups=2)
+    options = {"choose": {"*": {"view": "blocks", "norm": "each"}}, "n_power_iterations": 0.25}
+    opt = SNROptimizer(sgd(model), model, LAMBDA, **options)
+    sound = model.weight.detach().clone()
+    for bad in (True, False):
+        with torch.no_grad():
+            model.weight.copy_(sound)
+            model.weight[:3] = math.nan if bad else sound[:3]
+        opt.zero_grad()
+        (0 * model.weight).sum().backward()
+        opt.step()
+    assert not model.weight.grad[:3].any()  # held since the step before
+    assert model.weight.grad[3:].any()
+    opt.load_state_dict(opt.state_dict())
+
+
+def test_held_terms_with_an_infinite_sigma_add_nothing():
+    model = nn.Linear(4, 3, bias=False)
+    options = {"n_power_iterations": 0.25, "n_vectors": 1}
+    opt = SNROptimizer(sgd(model), model, LAMBDA, **options)
+    norms = []
+    for value in (3e38, 1.0):
+        nn.init.constant_(model.weight, value)
+        opt.zero_grad()
+        (0 * model.weight).sum().backward()
+        norms.append(opt.spectral_norms()["weight"])
+        opt.step()
+    assert norms[0] == math.inf
+    assert not model.weight.grad.any()
+
+
 def test_held_terms_of_weights_that_were_moved_are_not_counted_twice():
     model = build("mlp")
     opt = SNROptimizer(sgd(model), model, LAMBDA, n_power_iterations=0.125)

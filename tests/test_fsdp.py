@@ -134,5 +134,9 @@ def test_collectives_are_held_until_the_next_ones_so_that_no_thread_releases_the
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     add_up([("one", torch.ones(3)), ("other", torch.ones(3))])
     assert [work().waited for work in seen] == [True, True]
+    add_up([])  # of a model that is not sharded
+    assert [work() is None for work in seen] == [False, False]
     add_up([("one", torch.ones(3))])
     assert [work() is None for work in seen] == [True, True, False]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
+    add_up([("not a member", torch.ones(3))])

@@ -119,6 +119,21 @@ class Steep(nn.ELU):
         return 5 * super().forward(x)
 
 
+class Loud(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return 5 * super()._conv_forward(x, weight, bias)
+
+
+class Called(nn.Linear):
+    def __call__(self, x):
+        return 5 * super().__call__(x)
+
+
+class Leaky(nn.LeakyReLU):
+    def forward(self, x):
+        return 5 * super().forward(x)
+
+
 class Peaks(nn.MaxPool2d):
     def forward(self, x):
         return 5 * super().forward(x)
@@ -138,7 +153,9 @@ class Noise(nn.Dropout):
         Peaks(2),
         Noise(),
         BatchNormAct2d(3, act_layer=nn.Hardswish),  # a batch norm, and the activation after it
-        Conv2dSame(3, 2, 3, stride=2),
+        Loud(3, 2, 3),
+        Called(2, 2),
+        Leaky(),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -162,10 +179,28 @@ def test_layers_that_inherit_all_they_do_are_known():
     class Named(nn.Linear):
         pass
 
-    layers = nn.Sequential(Named(2, 2), nn.SyncBatchNorm(2), nn.AlphaDropout(), nn.CELU())
-    assert list(lipschitz(layers[:3], torch.ones(1, 2)).layers) == ["0", "1", "2"]
-    with pytest.raises(TypeError, match="found '3' of type CELU"):
-        lipschitz(layers, torch.ones(1, 2))
+    class NamedToo(nn.ReLU):
+        pass
+
+    x = torch.randn(3, 2, 5, 5)
+    flat = [Named(2, 2), NamedToo(), nn.SyncBatchNorm(2), nn.AlphaDropout()]
+    found = lipschitz(nn.Sequential(*flat), torch.randn(3, 2))
+    assert 0 < found.lower <= found.upper * (1 + 1e-5)
+    for kind, shape in {
+        nn.Dropout: (3, 2),
+        nn.Dropout1d: (3, 2, 5),
+        nn.Dropout2d: (3, 2, 5, 5),
+        nn.Dropout3d: (3, 2, 5, 5, 1),
+        nn.FeatureAlphaDropout: (3, 2, 5),
+    }.items():
+        assert lipschitz(nn.Sequential(kind()), torch.randn(shape)).upper == 1
+    with pytest.raises(TypeError, match="found '0' of type CELU"):
+        lipschitz(nn.Sequential(nn.CELU()), x)
+
+
+def test_a_convolution_that_pads_as_tensorflow_does_has_its_norm():
+    found = lipschitz(nn.Sequential(Conv2dSame(3, 2, 3, stride=2)), torch.randn(2, 3, 7, 7), 500)
+    assert found.lower == pytest.approx(found.upper, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
