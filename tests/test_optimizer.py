@@ -406,6 +406,26 @@ def test_a_state_with_a_weight_that_was_unfrozen_continues_bitwise():
     assert_same(resumed, model)
 
 
+def test_a_state_with_a_weight_that_joined_the_wrapped_optimizer_continues_bitwise():
+    model = build("mlp")
+    opt = wrap(model)
+    train(model, opt, 2)
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    train(model, opt, 3)
+
+    resumed = build("mlp")
+    resumed.load_state_dict(saved[0])
+    first, *others = resumed.parameters()
+    inner = sgd(resumed)
+    inner.param_groups[0]["params"] = others
+    new = SNROptimizer(inner, resumed, LAMBDA)
+    assert len(new.targets) == 1
+    inner.param_groups[0]["params"] = [first, *others]
+    new.load_state_dict(saved[1])
+    train(resumed, new, 3)
+    assert_same(resumed, model)
+
+
 @pytest.mark.parametrize("make", [sgd, adamw])
 @pytest.mark.parametrize(
     "options",
