@@ -81,7 +81,7 @@ def lipschitz(sequence: nn.Sequential, inputs: Tensor, n_iterations: int = 50) -
             Forward hooks are taken to change nothing.
         ValueError: There are no inputs or no iterations.
     """
-    if not _is_a(sequence, nn.Sequential):
+    if not _is_just(sequence, nn.Sequential):
         raise TypeError(
             f"expected a torch.nn.Sequential, found {type(sequence).__name__}: pass a part of the "
             "model whose layers are applied one after the other"
@@ -105,14 +105,14 @@ def _constants(sequence: nn.Sequential, x: Tensor, path: str = "") -> Iterable[t
     """Yield the constant of each layer by name."""
     for name, layer in sequence._modules.items():  # a layer as often as it is applied
         assert layer is not None
-        if _is_a(layer, nn.Sequential):
+        if _is_just(layer, nn.Sequential):
             yield from _constants(cast(nn.Sequential, layer), x, f"{path}{name}.")
         else:
             yield path + name, _constant(layer, x, path + name)
         x = layer(x)
 
 
-def _is_a(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+def _is_just(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether a layer does what one of some kinds does, and no more, as subclasses may."""
     # timm's batch norms, for one, apply an activation.
     return any(
@@ -124,25 +124,25 @@ def _is_a(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def _constant(layer: Any, x: Tensor, name: str) -> float:
-    if _is_a(layer, *LINEAR) or type(layer).__name__ in SAME:
+    if _is_just(layer, *LINEAR) or type(layer).__name__ in SAME:
         size = {"view": "operator"} | ({"input_size": tuple(x.shape[2:])} if x.ndim > 2 else {})
         choose = "matrix" if isinstance(layer, nn.Linear) else {"weight": size}
         maps = linear_maps(layer, choose) if "weight" in layer._parameters else []
         if maps:  # neither parametrized nor standardized
             return _norm(maps[0])
-    if _is_a(layer, *_BATCH_NORMS) and layer.running_var is not None:
+    if _is_just(layer, *_BATCH_NORMS) and layer.running_var is not None:
         scale = (layer.running_var + layer.eps).rsqrt()
         return float((scale if layer.weight is None else scale * layer.weight).abs().max())
-    if _is_a(layer, *_DROPOUTS):
+    if _is_just(layer, *_DROPOUTS):
         return 1.0
-    if _is_a(layer, nn.ELU):
+    if _is_just(layer, nn.ELU):
         return max(1.0, abs(float(layer.alpha)))
-    if _is_a(layer, nn.LeakyReLU):
+    if _is_just(layer, nn.LeakyReLU):
         return max(1.0, abs(float(layer.negative_slope)))
-    if _is_a(layer, *_POOLS) and _is_without_overlap(layer):
+    if _is_just(layer, *_POOLS) and _is_without_overlap(layer):
         return 1.0
     for kind, slope in _SLOPES.items():
-        if _is_a(layer, kind):
+        if _is_just(layer, kind):
             return slope
     raise TypeError(
         f"expected layers whose Lipschitz constants are known, found {name!r} of type "

@@ -302,8 +302,7 @@ class SNROptimizer(Optimizer):
     def _prepare_next_step(self) -> None:
         self._hooks.rearm()
         self._term.outdate()
-        self._term.index_groups()
-        self._adopt_unfrozen()
+        self._adopt_newcomers()
 
     def _check_parameters(self) -> None:
         """Refuse to go on with a parameter that the model does not use any more, or not as it is.
@@ -400,8 +399,9 @@ class SNROptimizer(Optimizer):
             for group in _groups_with(self.optimizer, self._groups_given_lambda):
                 group[STRENGTH] = self._term.now(self._term.default, "lambda_")
 
-    def _adopt_unfrozen(self) -> None:
+    def _adopt_newcomers(self) -> None:
         """Hook the weights that joined the optimizer, or are trained, since the last time."""
+        self._term.index_groups()
         unfrozen = any(weight.requires_grad for weight in self._frozen)
         if (self._term.regrouped or unfrozen) and not self._removed:
             self._adopt_targets()
@@ -481,8 +481,7 @@ class SNROptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         vectors, steps = saved_state(state_dict)
-        self._term.index_groups()
-        self._adopt_unfrozen()  # which have vectors in the state
+        self._adopt_newcomers()  # which may have vectors in the state
         strengths = [group.get(STRENGTH) for group in self.param_groups]
         estimator = self._term.estimator.restored(vectors, self.targets)
         self.optimizer.load_state_dict(

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
 _latest: "list[Work]" = []
-"""The collectives of the last call of ``add_up``, finished. gloo's thread drops each some time
-after it is done. Were that the last reference, the thread would need the interpreter to release
-the tensors, and abort the process if the interpreter is ending meanwhile (pytorch issue 190489).
+"""The collectives of the last call of ``add_up`` that took any, finished. gloo's thread drops each
+some time after it is done. Were that the last reference, the thread would need the interpreter to
+release the tensors, and abort the process if the interpreter is ending meanwhile (pytorch issue
+190489).
 """
 
 

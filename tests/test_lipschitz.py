@@ -109,16 +109,6 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-class Scaled(nn.Linear):
-    def forward(self, x):
-        return 5 * super().forward(x)
-
-
-class Steep(nn.ELU):
-    def forward(self, x):
-        return 5 * super().forward(x)
-
-
 class Loud(nn.Conv2d):
     def _conv_forward(self, x, weight, bias):
         return 5 * super()._conv_forward(x, weight, bias)
@@ -129,33 +119,26 @@ class Called(nn.Linear):
         return 5 * super().__call__(x)
 
 
-class Leaky(nn.LeakyReLU):
-    def forward(self, x):
-        return 5 * super().forward(x)
-
-
-class Peaks(nn.MaxPool2d):
-    def forward(self, x):
-        return 5 * super().forward(x)
-
-
-class Noise(nn.Dropout):
-    def forward(self, x):
-        return 5 * x
+def louder(kind):
+    """A subclass that multiplies by 5."""
+    name = f"Louder{kind.__name__}"
+    return type(name, (kind,), {"forward": lambda layer, x: 5 * kind.forward(layer, x)})
 
 
 @pytest.mark.parametrize(
     "layer",
     [
         Residual(nn.Linear(2, 2)),
-        Scaled(2, 2),
-        Steep(),
-        Peaks(2),
-        Noise(),
+        louder(nn.Linear)(2, 2),
+        louder(nn.ELU)(),
+        louder(nn.LeakyReLU)(),
+        louder(nn.ReLU)(),
+        louder(nn.MaxPool2d)(2),
+        louder(nn.Dropout)(),
+        louder(nn.BatchNorm2d)(3),
         BatchNormAct2d(3, act_layer=nn.Hardswish),  # a batch norm, and the activation after it
         Loud(3, 2, 3),
         Called(2, 2),
-        Leaky(),
     ],
     ids=lambda layer: type(layer).__name__,
 )
