@@ -30,8 +30,15 @@ WARM_UP = 15
 MOST_REFINEMENTS = 4
 """Pairs of products with a weight in a step beyond those that are taken anyway."""
 
+REST = 3
+"""For how many steps the best vector alone is multiplied, after one in which no sigma rose."""
+
+CALM = 0.2
+"""By which part of the tolerance sigma may rise in a step for others to be spent at rest."""
+
 Vectors = Mapping[str, Tensor]
-"""What is kept of a weight: ``left``, shape ``(l, m)``, and ``right``, shape ``(r, n)``."""
+"""What is kept of a weight: ``left``, shape ``(l, m)``, and ``right``, shape ``(r, n)``; and at
+rest ``rest``, for how many steps more."""
 
 
 class Term(NamedTuple):
@@ -98,7 +105,8 @@ class SubspaceIteration:
         n_vectors: Vectors a weight, at least 1. A matrix with fewer rows or columns has as
             many as that.
         tolerance: Further pairs of products, ``MOST_REFINEMENTS`` at most, are taken with a weight
-            as long as they raise its sigma by more than this, relative to it.
+            as long as they raise its sigma by more than this, relative to it. A step that raises
+            none by ``CALM`` times this is followed by ``REST`` of a single vector.
         seed: Seed of the starting vectors.
         vectors: Vectors to continue from, by parameter name.
     """
@@ -474,37 +482,91 @@ class _Batch:
         self._products = {True: self._prepared(members, right=True)}
         self._products[False] = self._prepared(members, right=False)
         self._plain = [_is_plain(target) for target in members]
-        self._pairs = {side: self._of_rank(members, side) for side in (True, False)}
-        self._adders = {
-            side: [
-                target.view.adder(target.parameter, u, v)
-                for target, u, v in zip(members, *self._pairs[side], strict=True)
-            ]
-            for side in (True, False)
+        self._found = {
+            side: self._u_v_adder(members, pair) for side, pair in self._subspaces.pairs.items()
         }
+        self._latest = self._found[not right]
+        self._rested = False
+        """Whether the latest terms come from a step at rest."""
+        can_rest = k > 1 and self._can_look() and all(target.top == 1 for target in members)
+        self._longest_rest = REST if can_rest else 0
+        self._n_rest = min(int(pair.get("rest", 0)) for pair in pairs) if can_rest else 0
+        if can_rest:
+            self._first_products = {
+                side: self._prepared(members, right=side, rows=slice(0, 1))
+                for side in (True, False)
+            }
+            self._found_at_rest = self._u_v_adder(members, self._subspaces.pair_at_rest)
 
-    def _of_rank(self, members: list[Target], side: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Return u and v of each weight for a step on a side, as a term has them."""
+    def _can_look(self) -> bool:
+        """Return whether sigma may be looked at in the middle of a step.
+
+        Not where that would wait for an accelerator, nor for shards, whose processes might decide
+        differently and then wait for each other.
+
+        Returns:
+            Whether there is neither here.
+        """
+        return self.device.type == "cpu" and not self._sharded
+
+    @staticmethod
+    def _u_v_adder(
+        members: list[Target], pair: tuple[list[Tensor], list[Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Adder]]:
+        """Return u, v and adder of each weight as a term has them, of a pair of vectors."""
 
         def of_rank(target: Target, vectors: Tensor) -> Tensor:
             return vectors[0] if _is_plain(target) else vectors[..., : target.top, :]
 
-        left, right = self._subspaces.pairs[side]
-        return list(map(of_rank, members, left)), list(map(of_rank, members, right))
+        left, right = (list(map(of_rank, members, vectors)) for vectors in pair)
+        adders = [
+            target.view.adder(target.parameter, u, v)
+            for target, u, v in zip(members, left, right, strict=True)
+        ]
+        return left, right, adders
 
-    def _prepared(self, members: list[Target], *, right: bool) -> list[Product]:
-        """Prepare the products on one side."""
-        rows, outs = self._subspaces.multiplied(right=right)
+    def _prepared(
+        self, members: list[Target], *, right: bool, rows: slice = slice(None)
+    ) -> list[Product]:
+        """Prepare the products on one side, with some of the vectors."""
         return [
             (target.view.matvec if right else target.view.rmatvec)(
-                target.parameter.detach(), vectors, out
+                target.parameter.detach(), vectors[..., rows, :], out[..., rows, :]
             )
-            for target, vectors, out in zip(members, rows, outs, strict=True)
+            for target, vectors, out in zip(
+                members, *self._subspaces.multiplied(right=right), strict=True
+            )
         ]
 
     def lean(self) -> None:
-        """Let vectors look for directions that they do not see."""
-        self._subspaces.lean()
+        """Let vectors look for directions that they do not see, after a step that moved them."""
+        if not self._rested:
+            self._subspaces.lean()
+
+    def settle(self, tolerance: float) -> bool:
+        """Rest in the next steps, if this one raised no sigma by much of the tolerance."""
+        if self._longest_rest and self._subspaces.rests(CALM * tolerance):
+            self._n_rest = self._longest_rest
+        return self._n_rest > 0
+
+    def rest(self, tolerance: float) -> bool:
+        """Multiply the best vector of each weight alone, if that will do.
+
+        Returns:
+            Whether it does, and the terms are found. A step is due otherwise.
+        """
+        if not self._n_rest:
+            return False
+        self._subspaces.reserve()
+        products = self._first_products[self._subspaces.next_is_right]
+        for product in products:
+            product()
+        self.n_products += len(products)
+        stays = self._subspaces.stay(CALM * tolerance)
+        if stays:
+            self._n_rest -= 1
+            self._rested, self._latest = True, self._found_at_rest
+        return stays
 
     def multiply(
         self, weights: Sequence[int] | None = None
@@ -527,16 +589,16 @@ class _Batch:
 
     def step(self) -> None:
         """Find the best vectors, once the products have been computed."""
+        self._n_rest = 0
+        self._rested, self._latest = False, self._found[self._subspaces.next_is_right]
         self._subspaces.step()
 
     def refine(self, tolerance: float) -> None:
         """Take two products more with the weights whose sigma the last ones raised, and so on.
 
-        Not where looking would wait for an accelerator, nor for shards, whose processes might
-        decide differently and then wait for each other. Sigma of a single vector is all that a
-        product finds, and never rises.
+        Sigma of a single vector is all that a product finds, and never rises.
         """
-        if self.device.type != "cpu" or self._sharded:
+        if not self._can_look():
             return
         for _ in range(MOST_REFINEMENTS):
             rising = self._subspaces.rising(tolerance)
@@ -549,9 +611,7 @@ class _Batch:
 
     def terms(self) -> Iterator[Term]:
         """Return the terms that the last step found."""
-        right = not self._subspaces.next_is_right
-        sigmas = self._sigmas()
-        return map(Term, sigmas, *self._pairs[right], self._adders[right])
+        return map(Term, self._sigmas(), *self._latest)
 
     def _sigmas(self) -> Iterator[float | Tensor]:
         """Give each weight its singular values: numbers, or tensors that autograd can use."""
@@ -581,8 +641,9 @@ class _Batch:
             left = [rows[..., waiting, :] for rows in left]
         else:
             right = [rows[..., waiting, :] for rows in right]
+        rest = {"rest": torch.tensor(self._n_rest, device="cpu")} if self._n_rest else {}
         return {
-            name: {"left": u, "right": v}
+            name: {"left": u, "right": v, **rest}
             for name, u, v in zip(self._names, left, right, strict=True)
         }
 
@@ -594,12 +655,16 @@ def _iterated(
     terms: dict[int, Term] = {}
     # What autograd does for kernels that it does not record took 3 % of the term on MobileNetV3.
     with torch.inference_mode(), _without_autocast({batch.device.type for batch in batches}):
+        # Who asks for the same work in every step, or for more than one product, gets it.
+        may_rest = n_products == 1 and tolerance < math.inf
+        moving = [batch for batch in batches if not (may_rest and batch.rest(tolerance))]
         for _ in range(n_products):
-            add_up([part for batch in batches for part in batch.multiply()])
-            for batch in batches:
+            add_up([part for batch in moving for part in batch.multiply()])
+            for batch in moving:
                 batch.step()
-        for batch in batches:
-            batch.refine(tolerance)
+        for batch in moving:
+            if not (may_rest and batch.settle(tolerance)):
+                batch.refine(tolerance)
     for batch in batches:
         terms.update(zip(batch.indices, batch.terms(), strict=True))
     return [terms[index] for index in range(len(terms))]
@@ -610,7 +675,7 @@ def _batches(targets: Sequence[Target], vectors: Mapping[str, Vectors]) -> list[
     members: dict[object, list[int]] = {}
     for index, target in enumerate(targets):
         pair, parameter = vectors[target.name], target.parameter
-        k = max(part.shape[-2] for part in pair.values())
+        k = max(pair["left"].shape[-2], pair["right"].shape[-2])
         key = parameter.device, _at_least_float32(parameter), k, _next_is_right(pair)
         members.setdefault(key, []).append(index)
     return [_Batch(targets, indices, vectors) for indices in members.values()]
@@ -703,7 +768,28 @@ def _checked_vectors(target: Target, vectors: object, k: int) -> Vectors:
             f"{expected} lengths of {lengths.min()} to {lengths.max()}, which are no vectors of an "
             f"iteration with {k}; {remedy}"
         )
-    return {side: vectors[side].detach().clone() for side in ("left", "right")}
+    copies = {side: vectors[side].detach().clone() for side in ("left", "right")}
+    return {**copies, **_checked_rest(name, vectors, remedy)}
+
+
+def _checked_rest(name: str, vectors: Vectors, remedy: str) -> Vectors:
+    """Return for how many steps a weight will be at rest, if the entry says so."""
+    rest = vectors.get("rest")
+    if rest is None:
+        return {}
+    if not isinstance(rest, Tensor) or rest.shape != () or rest not in range(REST + 1):
+        raise ValueError(
+            f"expected 'rest' of {name!r} to be a tensor of a number of steps, 0 to {REST}, found "
+            f"{rest!r}; {remedy}"
+        )
+    # Sigma is the length of a product with the first vector, in the first such step.
+    first = vectors["right" if _next_is_right(vectors) else "left"][..., 0, :]
+    if not ((first.double().norm(dim=-1) - 1).abs() < 1e-3).all():
+        raise ValueError(
+            f"expected the first vectors of {name!r}, which is at rest, to be unit vectors, found "
+            f"norms of {first.norm(dim=-1)}; {remedy}"
+        )
+    return {"rest": rest.detach().clone()}
 
 
 def _checked_held(target: Target, entry: Mapping[str, object]) -> tuple[Term, int]:

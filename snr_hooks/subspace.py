@@ -18,6 +18,11 @@ direction that none of the vectors sees becomes the largest, the next products r
 tell that it was too low. ``rising`` says of which weights; two more steps of these alone follow,
 on either side, and so on while they raise it, a few times.
 
+Where none rises by even a fraction of that, the weights are at rest, and the product with the best
+vector alone is as good for a few steps: its term is again the exact gradient of a lower bound, for
+the weights as they are. A single vector takes less time than a few, and no Rayleigh-Ritz step.
+``stay`` tells when it does not do any more: the product is longer than along its partner.
+
 What no product can tell is that a direction is missing in which none of the vectors has a part
 but for rounding, and the term presses down the others until it is the largest. So at the end of
 a step the last image of an odd number of vectors leans a little towards a fixed direction, which
@@ -100,6 +105,9 @@ class Subspaces:
         of each weight, after its blocks, if any; the best first, r is k // 2 or 1: views that
         hold what the step found until the next. With their sigma, the sum of sigma u v^T is
         W V^T V, or U^T U W, the gradient of half the sum of the squared bounds."""
+        first = slice(0, 1)
+        self.pair_at_rest = _rows(self.left.each, first), _rows(self.right.each, first)
+        """The same after ``stay``, on either side, with r = 1."""
 
     def multiplied(self, *, right: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Return the vectors of each weight on a side, and where their products are expected.
@@ -125,6 +133,32 @@ class Subspaces:
         here = self.right if self.next_is_right else self.left
         if len(here.images) > len(here.kept) > 0:
             here.images[-1].add_(here.direction, alpha=_LEANING)
+
+    def stay(self, tolerance: float) -> bool:
+        """Take sigma from the best vector alone, whose product has been computed, and move none.
+
+        For two vectors or more, after a step that found unit vectors.
+
+        Args:
+            tolerance: By how much a product may be longer than along the vector of its side that
+                the last step found, relative to it. Power iteration would raise sigma by that.
+
+        Returns:
+            Whether all products are within it. If not, a step is due; nothing has changed.
+        """
+        there, products = self.right, self._room.like_second
+        if self.next_is_right:
+            there, products = self.left, self._room.like_first
+        products[1].copy_(there.kept[0])
+        gram = there.gram(products[:2], there.all)
+        sigma, along = gram[:, :1, 0].sqrt(), gram[:, :1, 1]
+        stays = bool((sigma < (1 + tolerance) * along).all())  # not of zero, nor if not finite
+        if stays:
+            factors = sigma.reciprocal()[..., None]
+            there.combine(factors, products[:1], there.images[:1], there.all)
+            self.sigma = sigma
+        self._room.release()
+        return stays
 
     def some(self, weights: Sequence[int]) -> Some:
         """Choose weights for steps of these alone."""
@@ -161,6 +195,10 @@ class Subspaces:
             self._before = (image_gram[:, 0, 0] / gram[:, 0, 0]).sqrt()  # of the first vector
         else:
             self.sigma = self.sigma.index_copy(0, some.maps, sigma)
+
+    def rests(self, tolerance: float) -> bool:
+        """Return whether the last step raised no sigma by more than a tolerance, as ``rising``."""
+        return bool((self.sigma[:, 0] <= (1 + tolerance) * self._before).all())
 
     def rising(self, tolerance: float) -> list[int]:
         """Return the weights whose sigma has risen by more than a tolerance, relative to it.

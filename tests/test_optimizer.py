@@ -516,7 +516,8 @@ def test_the_state_dict_is_a_snapshot_of_the_vectors():
     train(model, opt, 3)
     after = opt.state_dict()["snr_hooks"]["vectors"]
     for name, pair in vectors.items():
-        for side, part in pair.items():
+        for side in ("left", "right"):
+            part = pair[side]
             assert torch.equal(part, before[name][side])
             assert not torch.equal(part, after[name][side])
 

@@ -1,0 +1,352 @@
+"""At rest: steps that multiply the best vector of each weight alone, while nothing rises."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from snr_hooks import SNROptimizer, discover
+from snr_hooks.estimators import CALM, REST, SubspaceIteration, _Batch
+from snr_hooks.subspace import Subspaces
+from snr_hooks.views import MatrixView
+
+TOLERANCE = 5e-4
+
+
+def some_layers():
+    torch.manual_seed(0)
+    shapes = ((30, 50), (40, 25), (24, 200), (3, 9))
+    return nn.ModuleList(nn.Linear(n, m, bias=False).double() for m, n in shapes)
+
+
+def move(layers, drift, seed=0):
+    """Move weights by a drift relative to themselves, each in a direction of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in layers.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            p += (drift * p.std() * noise).to(p.dtype)
+
+
+def settled(layers, n_vectors=3, tolerance=TOLERANCE):
+    """Return an iteration on the layers whose next ``REST`` steps are at rest, and its targets."""
+    targets = discover(layers).targets
+    iteration = SubspaceIteration(1, n_vectors, tolerance, 0)
+    for _ in range(200):
+        iteration.advance(targets)
+        if rest_of(iteration) == REST:
+            return iteration, targets
+    raise AssertionError("the iteration never came to rest")
+
+
+def rest_of(iteration):
+    found = {int(entry.get("rest", 0)) for entry in iteration.state_dict().values()}
+    assert len(found) == 1
+    return found.pop()
+
+
+def exact(target):
+    weight = target.parameter.detach()
+    return torch.linalg.matrix_norm(target.view.matrix(weight).double(), 2).item()
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """How many vectors every product is taken with."""
+    found = []
+
+    def recording(prepare):
+        def prepared(view, weight, vectors, out):
+            product = prepare(view, weight, vectors, out)
+            return lambda: (found.append(len(vectors)), product())
+
+        return prepared
+
+    for name in ("matvec", "rmatvec"):
+        monkeypatch.setattr(MatrixView, name, recording(getattr(MatrixView, name)))
+    return found
+
+
+@pytest.mark.parametrize("n_vectors", [2, 3, 4, 5])
+def test_one_step_in_four_is_with_all_vectors(rows, n_vectors):
+    layers = some_layers()
+    iteration, targets = settled(layers, n_vectors)
+    numbers = [min(n_vectors, *target.parameter.shape) for target in targets]
+    for _ in range(3):
+        rows.clear()
+        for _ in range(REST + 1):
+            iteration.advance(targets)
+        assert rows[: 4 * REST] == [1] * 4 * REST
+        # Those with as many vectors are multiplied together.
+        assert sorted(rows[4 * REST :]) == sorted(numbers)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_term_at_rest_is_the_gradient_of_a_lower_bound_for_the_weights_as_they_are(side, dtype):
+    layers = some_layers().to(dtype)
+    iteration, targets = settled(layers)
+    if (side == "right") != _next_is_right(iteration):
+        for _ in range(REST + 1):
+            iteration.advance(targets)
+    assert rest_of(iteration) == REST
+    assert (side == "right") == _next_is_right(iteration)
+    for step in range(REST):
+        move(layers, 1e-4, seed=step)
+        for target, term in zip(targets, iteration.advance(targets), strict=True):
+            weight = target.parameter.detach().double()
+            u, v, add = term.u.double(), term.v.double(), term.add
+            fixed = (v if side == "right" else u).clone().requires_grad_(False)
+            free = weight.clone().requires_grad_()
+            bound = free @ fixed if side == "right" else free.mT @ fixed
+            (gradient,) = torch.autograd.grad(bound.square().sum() / 2, free)
+            added = torch.zeros_like(target.parameter)
+            add(added, term.sigma)
+            eps = 100 * torch.finfo(dtype).eps
+            torch.testing.assert_close(added.double(), gradient, rtol=eps, atol=eps)
+            assert term.sigma == pytest.approx(bound.norm().item(), rel=eps)
+            assert term.sigma <= exact(target) * (1 + eps)
+            assert term.sigma >= exact(target) * (1 - TOLERANCE)
+            assert (u.norm().item(), v.norm().item()) == pytest.approx((1, 1), rel=eps)
+    assert rest_of(iteration) == 0
+
+
+def _next_is_right(iteration):
+    entry = next(iter(iteration.state_dict().values()))
+    return len(entry["right"]) > len(entry["left"])
+
+
+@pytest.mark.parametrize("at", range(REST))
+@pytest.mark.parametrize("change", ["jump", "one jumps", "other weights"])
+def test_weights_that_changed_are_found_in_the_same_step(change, at):
+    """What comes is what an iteration that never rests would have found from the same vectors."""
+    layers = some_layers()
+    iteration, targets = settled(layers)
+    for _ in range(at):
+        iteration.advance(targets)
+    if change == "one jumps":
+        move(layers[1:2], 2)
+    elif change == "jump":
+        move(layers, 2)
+    else:
+        for layer in layers:
+            nn.init.orthogonal_(layer.weight)  # all singular values are alike
+            layer.weight.data[0] *= 3  # but one
+    state = {name: {**entry} for name, entry in iteration.state_dict().items()}
+    for entry in state.values():
+        entry.pop("rest", None)
+    twin = SubspaceIteration(1, 3, TOLERANCE, 0).restored(state, targets)
+    for target, term, expected in zip(
+        targets, iteration.advance(targets), twin.advance(targets), strict=True
+    ):
+        if target.name == "3.weight" and change == "one jumps":
+            continue  # in a batch of its own, which stays at rest
+        assert term.sigma == expected.sigma
+        assert torch.equal(term.u, expected.u)
+        assert torch.equal(term.v, expected.v)
+
+
+def test_a_weight_that_is_rescaled_stays_at_rest_with_the_right_sigma():
+    layers = some_layers()
+    iteration, targets = settled(layers)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight *= 1e3
+    for target, term in zip(targets, iteration.advance(targets), strict=True):
+        assert term.sigma == pytest.approx(exact(target), rel=TOLERANCE)
+    assert rest_of(iteration) == REST - 1
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_weights_that_are_zero_or_not_finite_do_not_rest(value):
+    layers = some_layers()
+    iteration, targets = settled(layers)
+    sound = copy.deepcopy(layers.state_dict())
+    with torch.no_grad():
+        layers[0].weight.fill_(value)
+    for _ in range(3):
+        term = iteration.advance(targets)[0]
+        assert not term.sigma > 0 or term.sigma == math.inf
+        if value == 0:
+            assert term.u.isfinite().all()
+            assert term.v.isfinite().all()
+    layers.load_state_dict(sound)
+    for target, term in zip(targets, iteration.advance(targets), strict=True):
+        assert term.sigma == pytest.approx(exact(target), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "choose"),
+    [
+        ({"tolerance": math.inf}, None),
+        ({"n_power_iterations": 1}, None),
+        ({"n_vectors": 1}, None),
+        ({}, {"*": {"top": 2}}),
+    ],
+)
+def test_who_asks_for_the_same_work_in_every_step_gets_it(monkeypatch, options, choose):
+    calls = []
+    for name in ("stay", "step"):
+        call = getattr(Subspaces, name)
+        monkeypatch.setattr(
+            Subspaces, name, lambda s, *a, n=name, c=call: (calls.append(n), c(s, *a))[1]
+        )
+    layers = some_layers()
+    opt = SNROptimizer(
+        torch.optim.SGD(layers.parameters(), lr=0.0), layers, 0.1, choose=choose, **options
+    )
+    for _ in range(12):
+        opt.zero_grad()
+        sum(p.sum() for p in layers.parameters()).backward()
+        opt.step()
+    assert "stay" not in calls
+    assert all("rest" not in e for e in opt.state_dict()["snr_hooks"]["vectors"].values())
+
+
+@pytest.mark.parametrize("view", ["matrix", "blocks"])
+def test_a_run_resumed_at_rest_is_bitwise_the_uninterrupted_one(view):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 6), nn.Linear(6, 2)
+        )
+        inner = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        return model, SNROptimizer(inner, model, 0.01, choose=view)
+
+    def train(model, opt, n_steps):
+        for _ in range(n_steps):
+            opt.zero_grad()
+            model(torch.linspace(-1, 1, 4 * 4 * 4 * 4).view(4, 4, 4, 4)).square().mean().backward()
+            opt.step()
+
+    rests = set()
+    for n_steps in range(40, 45):
+        model, opt = build()
+        train(model, opt, n_steps)
+        state = copy.deepcopy((model.state_dict(), opt.state_dict()))
+        rests |= {int(e.get("rest", 0)) for e in state[1]["snr_hooks"]["vectors"].values()}
+        train(model, opt, 6)
+        resumed, other = build()
+        resumed.load_state_dict(state[0])
+        other.load_state_dict(state[1])
+        train(resumed, other, 6)
+        for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(a, b)
+        for name, entry in opt.state_dict()["snr_hooks"]["vectors"].items():
+            for key, part in entry.items():
+                assert torch.equal(part, other.state_dict()["snr_hooks"]["vectors"][name][key])
+    assert rests == set(range(REST + 1))
+
+
+def test_looking_at_rest_changes_nothing_and_shows_the_next_term():
+    layers = some_layers()
+    iteration, targets = settled(layers)
+    for _ in range(REST + 2):
+        move(layers, 1e-5)
+        before = iteration.state_dict()
+        shown = [term.sigma for term in iteration.peek(targets)]
+        for name, entry in iteration.state_dict().items():
+            assert entry.keys() == before[name].keys()
+            assert all(torch.equal(part, before[name][key]) for key, part in entry.items())
+        assert [term.sigma for term in iteration.advance(targets)] == shown
+
+
+def test_vectors_that_look_around_lean_in_steps_that_move_them_alone(monkeypatch):
+    calls = []
+    for owner, name in ((Subspaces, "lean"), (_Batch, "rest")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda s, *a, n=name, c=call: (calls.append(n), c(s, *a))[1]
+        )
+    layers = some_layers()[:3]
+    iteration, targets = settled(layers)
+    calls.clear()
+    for _ in range(REST + 1):
+        iteration.advance(targets)
+    assert calls == ["rest"] * (REST + 1) + ["lean"]
+
+
+def test_a_weight_that_is_new_ends_the_rest_of_the_others():
+    layers = some_layers()[:3]
+    iteration, _ = settled(layers[:2])
+    before = iteration.n_products_taken
+    iteration.advance(discover(layers).targets)
+    assert iteration.n_products_taken - before >= 3
+    assert rest_of(iteration) != REST - 1
+
+
+@pytest.mark.parametrize("rest", [torch.tensor(-1), torch.tensor(REST + 1), torch.ones(2), 2])
+def test_a_state_with_another_number_of_steps_is_refused(rest):
+    iteration, targets = settled(some_layers())
+    state = {name: {**entry} for name, entry in iteration.state_dict().items()}
+    state[targets[0].name]["rest"] = rest
+    with pytest.raises(ValueError, match=rf"expected 'rest' of '0.weight'.* 0 to {REST}, found"):
+        iteration.restored(state, targets)
+
+
+def test_a_state_at_rest_whose_first_vector_is_not_of_unit_length_is_refused():
+    iteration, targets = settled(some_layers())
+    state = {name: {**entry} for name, entry in iteration.state_dict().items()}
+    side = "right" if _next_is_right(iteration) else "left"
+    entry = state[targets[0].name]
+    entry[side] = entry[side] * torch.tensor([[1.5], [1.0], [1.0]])
+    with pytest.raises(ValueError, match="which is at rest, to be unit vectors, found norms"):
+        iteration.restored(state, targets)
+    del entry["rest"]
+    iteration.restored(state, targets)  # a step with all vectors takes account of their lengths
+
+
+def test_only_a_step_that_raises_nothing_by_much_is_followed_by_rest(monkeypatch):
+    """Rises between a fifth of the tolerance and all of it: no further products, and no rest."""
+    rises = []
+    rests = Subspaces.rests
+
+    def recording(subspaces, tolerance):
+        rises.append(float((subspaces.sigma[:, 0] / subspaces._before - 1).max()))
+        return rests(subspaces, tolerance)
+
+    monkeypatch.setattr(Subspaces, "rests", recording)
+    layers = some_layers()[:3]
+    iteration, targets = settled(layers)
+    found = set()
+    for step in range(60):
+        move(layers, 0.003 * 1.05**step, seed=step)
+        state = {
+            name: {"left": entry["left"], "right": entry["right"]}
+            for name, entry in iteration.state_dict().items()
+        }
+        iteration = iteration.restored(state, targets)
+        iteration.advance(targets)  # a step with all vectors
+        refined = iteration.n_products_taken > len(targets)
+        if not refined:
+            calm = rises[-1] <= CALM * TOLERANCE
+            assert rest_of(iteration) == (REST if calm else 0)
+            found.add(calm)
+        else:
+            assert rest_of(iteration) == 0
+            found.add("refined")
+    assert found == {True, False, "refined"}
+
+
+def test_a_product_that_is_longer_by_a_fifth_of_the_tolerance_ends_the_rest():
+    """Power iteration would raise sigma by that: neither more nor less decides."""
+    woken = set()
+    for drift in torch.logspace(-4, -1, 60).tolist():
+        layers = some_layers()[:1]
+        iteration, targets = settled(layers)
+        (entry,) = iteration.state_dict().values()
+        move(layers, drift)
+        weight = layers[0].weight.detach()
+        if _next_is_right(iteration):
+            product = weight @ entry["right"][0]
+            partner = entry["left"][-1]
+        else:
+            product = weight.mT @ entry["left"][0]
+            partner = entry["right"][-1]
+        longer = (product.norm() / (product @ partner)).item() - 1
+        iteration.advance(targets)
+        assert (rest_of(iteration) == REST - 1) == (longer < CALM * TOLERANCE)
+        woken.add((longer < CALM * TOLERANCE, longer < TOLERANCE))
+    assert woken == {(True, True), (False, True), (False, False)}
