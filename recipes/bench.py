@@ -62,6 +62,10 @@ STRENGTH = 1e-6
 CYCLE = 8
 """Steps that are timed together: as many as it takes until all settings do the same again."""
 
+SETTLING = 5 * CYCLE
+"""Untimed training steps before those of (b): in the first of a training, vectors that start from
+random ones are still on their way, and take more work than in all others."""
+
 Times = dict[str, list[float]]
 
 
@@ -327,7 +331,7 @@ def added(
 ) -> dict[str, dict[str, float]]:
     """Measure in milliseconds what methods add to a training step, and the plain step."""
     steps = {method: training_step(model, method, size, batch) for method in ["none", *methods]}
-    times = measure(steps, CYCLE * repetitions)
+    times = measure(steps, CYCLE * repetitions, warm_up=SETTLING)
     found = {"none": {"milliseconds": 1e3 * statistics.median(times["none"])}}
     for method in methods:
         pairs = zip(times["none"], times[method], strict=True)

@@ -34,7 +34,7 @@ REST = 3
 """For how many steps the best vector alone is multiplied, after one in which no sigma rose."""
 
 CALM = 0.2
-"""By which part of the tolerance sigma may rise in a step for others to be spent at rest."""
+"""By which part of the tolerance sigma may rise in the step before the first ones at rest."""
 
 Vectors = Mapping[str, Tensor]
 """What is kept of a weight: ``left``, shape ``(l, m)``, and ``right``, shape ``(r, n)``; and at
@@ -106,7 +106,7 @@ class SubspaceIteration:
             many as that.
         tolerance: Further pairs of products, ``MOST_REFINEMENTS`` at most, are taken with a weight
             as long as they raise its sigma by more than this, relative to it. A step that raises
-            none by ``CALM`` times this is followed by ``REST`` of a single vector.
+            none by ``CALM`` times this is followed by ``REST`` of a single vector, and so on.
         seed: Seed of the starting vectors.
         vectors: Vectors to continue from, by parameter name.
     """
@@ -488,10 +488,12 @@ class _Batch:
         self._latest = self._found[not right]
         self._rested = False
         """Whether the latest terms come from a step at rest."""
-        can_rest = k > 1 and self._can_look() and all(target.top == 1 for target in members)
-        self._longest_rest = REST if can_rest else 0
-        self._n_rest = min(int(pair.get("rest", 0)) for pair in pairs) if can_rest else 0
-        if can_rest:
+        self._can_rest = k > 1 and self._can_look() and all(t.top == 1 for t in members)
+        self._n_rest: int | None = None
+        """At rest, for how many steps more; at 0 it is time to look whether it goes on."""
+        if self._can_rest:
+            if all("rest" in pair for pair in pairs):
+                self._n_rest = min(int(pair["rest"]) for pair in pairs)
             self._first_products = {
                 side: self._prepared(members, right=side, rows=slice(0, 1))
                 for side in (True, False)
@@ -544,10 +546,17 @@ class _Batch:
             self._subspaces.lean()
 
     def settle(self, tolerance: float) -> bool:
-        """Rest in the next steps, if this one raised no sigma by much of the tolerance."""
-        if self._longest_rest and self._subspaces.rests(CALM * tolerance):
-            self._n_rest = self._longest_rest
-        return self._n_rest > 0
+        """Rest in the next steps, if this one raised no sigma by much of the tolerance.
+
+        After a rest, in which vectors fall behind, it may be all of the tolerance.
+
+        Returns:
+            Whether the next steps are at rest.
+        """
+        limit = CALM * tolerance if self._n_rest is None else tolerance
+        settled = self._can_rest and self._subspaces.rests(limit)
+        self._n_rest = REST if settled else None
+        return settled
 
     def rest(self, tolerance: float) -> bool:
         """Multiply the best vector of each weight alone, if that will do.
@@ -562,9 +571,9 @@ class _Batch:
         for product in products:
             product()
         self.n_products += len(products)
-        stays = self._subspaces.stay(CALM * tolerance)
+        stays = self._subspaces.stay(tolerance)
+        self._n_rest = self._n_rest - 1 if stays else None
         if stays:
-            self._n_rest -= 1
             self._rested, self._latest = True, self._found_at_rest
         return stays
 
@@ -589,7 +598,6 @@ class _Batch:
 
     def step(self) -> None:
         """Find the best vectors, once the products have been computed."""
-        self._n_rest = 0
         self._rested, self._latest = False, self._found[self._subspaces.next_is_right]
         self._subspaces.step()
 
@@ -641,7 +649,9 @@ class _Batch:
             left = [rows[..., waiting, :] for rows in left]
         else:
             right = [rows[..., waiting, :] for rows in right]
-        rest = {"rest": torch.tensor(self._n_rest, device="cpu")} if self._n_rest else {}
+        rest = {}
+        if self._n_rest is not None:
+            rest = {"rest": torch.tensor(self._n_rest, device="cpu")}
         return {
             name: {"left": u, "right": v, **rest}
             for name, u, v in zip(self._names, left, right, strict=True)

@@ -89,8 +89,10 @@ class SNROptimizer(Optimizer):
             what the best vector of the step before gives for the weight as it is, the weight gets
             two more products, and two more if these raise it again, up to 8: seldom with SGD at
             small learning rates, in every step with Adam, whose steps cost several times as much
-            then. ``math.inf`` for none. It takes two vectors or more, and has no effect on
-            accelerators, where it would wait for the device, and on sharded weights.
+            then. Where none rises by even a fifth of this, the next three steps take one vector,
+            which is faster. ``math.inf`` for the same work in every step. It takes two vectors or
+            more, and has no effect on accelerators, where it would wait for the device, and on
+            sharded weights.
         exact: Use ``torch.linalg.svd`` at every step instead. Exact, and slow.
         scaler: The ``torch.amp.GradScaler`` that scales the loss, if there is one. The
             term is scaled with the loss, so that unscaling restores lambda; not needed where it

@@ -216,12 +216,26 @@ def test_single_slow_steps_count_neither_for_what_is_added_nor_for_shares(monkey
     assert found[DEFAULT]["share"] == 0.5
 
 
+def test_the_first_steps_of_a_training_are_not_timed(monkeypatch):
+    untimed = []
+
+    def measure(functions, repetitions, *, warm_up):
+        untimed.append(warm_up)
+        return {name: [1.0] * repetitions for name in functions}
+
+    monkeypatch.setattr(bench, "training_step", lambda *_: None)
+    monkeypatch.setattr(bench, "measure", measure)
+    bench.added(["a"], nn.Linear(1, 1), 32, 4, 2)
+    assert untimed == [bench.SETTLING]
+
+
 def test_whole_steps_have_the_batch_of_the_model_and_all_methods(monkeypatch):
     steps = []
     monkeypatch.setattr(bench, "MODELS", {"x": (32, 7, {})})
     monkeypatch.setattr(bench, "training_step", lambda _, *step: steps.append(step))
     monkeypatch.setattr(bench, "measure", taken(lambda _: 1.0))
     bench.whole_step("x", nn.Linear(1, 1), 8)
+    assert bench.SETTLING % bench.CYCLE == 0
     methods, sizes, batches = zip(*steps, strict=True)
     assert {"none", "spectral_norm", "penalty, exact SVD", *bench.ADDED} == set(methods)
     assert (set(sizes), set(batches)) == ({32}, {7})
