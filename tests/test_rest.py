@@ -99,7 +99,7 @@ def test_a_term_at_rest_is_the_gradient_of_a_lower_bound_for_the_weights_as_they
         for target, term in zip(targets, iteration.advance(targets), strict=True):
             weight = target.parameter.detach().double()
             u, v, add = term.u.double(), term.v.double(), term.add
-            fixed = (v if side == "right" else u).clone().requires_grad_(False)
+            fixed = (v if side == "right" else u).clone()
             free = weight.clone().requires_grad_()
             bound = free @ fixed if side == "right" else free.mT @ fixed
             (gradient,) = torch.autograd.grad(bound.square().sum() / 2, free)
