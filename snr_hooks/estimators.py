@@ -486,8 +486,7 @@ class _Batch:
             side: self._u_v_adder(members, pair) for side, pair in self._subspaces.pairs.items()
         }
         self._latest = self._found[not right]
-        self._rested = False
-        """Whether the latest terms come from a step at rest."""
+        self._found_at_rest = self._u_v_adder(members, self._subspaces.pair_at_rest)
         self._can_rest = k > 1 and self._can_look() and all(t.top == 1 for t in members)
         self._n_rest: int | None = None
         """At rest, for how many steps more; at 0 it is time to look whether it goes on."""
@@ -498,7 +497,6 @@ class _Batch:
                 side: self._prepared(members, right=side, rows=slice(0, 1))
                 for side in (True, False)
             }
-            self._found_at_rest = self._u_v_adder(members, self._subspaces.pair_at_rest)
 
     def _can_look(self) -> bool:
         """Return whether sigma may be looked at in the middle of a step.
@@ -542,7 +540,7 @@ class _Batch:
 
     def lean(self) -> None:
         """Let vectors look for directions that they do not see, after a step that moved them."""
-        if not self._rested:
+        if self._latest is not self._found_at_rest:
             self._subspaces.lean()
 
     def settle(self, tolerance: float) -> bool:
@@ -574,7 +572,7 @@ class _Batch:
         stays = self._subspaces.stay(tolerance)
         self._n_rest = self._n_rest - 1 if stays else None
         if stays:
-            self._rested, self._latest = True, self._found_at_rest
+            self._latest = self._found_at_rest
         return stays
 
     def multiply(
@@ -598,7 +596,7 @@ class _Batch:
 
     def step(self) -> None:
         """Find the best vectors, once the products have been computed."""
-        self._rested, self._latest = False, self._found[self._subspaces.next_is_right]
+        self._latest = self._found[self._subspaces.next_is_right]
         self._subspaces.step()
 
     def refine(self, tolerance: float) -> None:
