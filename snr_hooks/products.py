@@ -27,7 +27,7 @@ _FEW = 3  # rows up to which a whole product is fast
 _SMALL = 3 * 2**14  # entries of a matrix below which cutting it costs more than it saves
 _THIN = 8  # rows of a slice, of which there is one product each
 _LARGE = 2**20  # entries from which on cutting pays also where products are added up
-_THICK = (32, 48, 40, 24)  # rows of a slice then, the first that divides
+_THICK = (64, 48, 50, 40, 32, 24)  # rows of a slice then, the first that divides
 _MANY = 8  # vectors up to which it pays, and the products that are added up stay small
 
 
