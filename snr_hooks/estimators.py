@@ -30,7 +30,7 @@ WARM_UP = 15
 MOST_REFINEMENTS = 4
 """Pairs of products with a weight in a step beyond those that are taken anyway."""
 
-REST = 3
+REST = 7
 """For how many steps the best vector alone is multiplied, after one in which no sigma rose."""
 
 CALM = 0.2
@@ -479,8 +479,10 @@ class _Batch:
         self._n_kept = k // 2
         self.n_products = 0
         """How many products with one of these weights were taken."""
-        self._products = {True: self._prepared(members, right=True)}
-        self._products[False] = self._prepared(members, right=False)
+        self._products = {
+            side: self._prepared(side, *self._subspaces.multiplied(right=side))
+            for side in (True, False)
+        }
         self._plain = [_is_plain(target) for target in members]
         self._found = {
             side: self._u_v_adder(members, pair) for side, pair in self._subspaces.pairs.items()
@@ -493,9 +495,10 @@ class _Batch:
         if self._can_rest:
             if all("rest" in pair for pair in pairs):
                 self._n_rest = min(int(pair["rest"]) for pair in pairs)
-            self._first_products = {
-                side: self._prepared(members, right=side, rows=slice(0, 1))
-                for side in (True, False)
+            u, v = self._subspaces.pair_at_rest
+            self._products_at_rest = {
+                True: self._prepared(True, v, u),
+                False: self._prepared(False, u, v),
             }
 
     def _can_look(self) -> bool:
@@ -526,16 +529,14 @@ class _Batch:
         return left, right, adders
 
     def _prepared(
-        self, members: list[Target], *, right: bool, rows: slice = slice(None)
+        self, right: bool, vectors: Sequence[Tensor], outs: Sequence[Tensor]
     ) -> list[Product]:
-        """Prepare the products on one side, with some of the vectors."""
+        """Prepare the products on one side with some vectors of each weight."""
         return [
             (target.view.matvec if right else target.view.rmatvec)(
-                target.parameter.detach(), vectors[..., rows, :], out[..., rows, :]
+                target.parameter.detach(), vectors_, out
             )
-            for target, vectors, out in zip(
-                members, *self._subspaces.multiplied(right=right), strict=True
-            )
+            for target, vectors_, out in zip(self._members, vectors, outs, strict=True)
         ]
 
     def lean(self) -> None:
@@ -564,8 +565,7 @@ class _Batch:
         """
         if not self._n_rest:
             return False
-        self._subspaces.reserve()
-        products = self._first_products[self._subspaces.next_is_right]
+        products = self._products_at_rest[self._subspaces.next_is_right]
         for product in products:
             product()
         self.n_products += len(products)

@@ -54,6 +54,7 @@ class Rows:
         k = vectors[0].shape[-2]
         self.tensor = vectors[0].new_zeros(k, n)
         self.images, self.kept = self.tensor[: k - k // 2], self.tensor[k - k // 2 :]
+        self._first_image = self._cut(self.images[:1], self.all)
         self.each = self.parts(self.tensor)
         """The vectors of each weight: views, in the order of the weights."""
         for part, vector in zip(self.each, vectors, strict=True):
@@ -120,6 +121,11 @@ class Rows:
         else:
             combined = torch.bmm(factors, chunks.transpose(0, 1)).transpose(0, 1)
         self._put(combined, out, of)
+
+    def scale(self, factors: Tensor) -> None:
+        """Multiply the first image of each map by a factor of its own, ``(L, 1)``."""
+        factors = factors.to(self.tensor.dtype).index_select(0, self.all.owners)
+        self._first_image.mul_(factors)
 
     def fill(self, unknown: Tensor, of: Chunks) -> None:
         """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""

@@ -107,7 +107,12 @@ class Subspaces:
         W V^T V, or U^T U W, the gradient of half the sum of the squared bounds."""
         first = slice(0, 1)
         self.pair_at_rest = _rows(self.left.each, first), _rows(self.right.each, first)
-        """The same after ``stay``, on either side, with r = 1."""
+        """The same after ``stay``, on either side, with r = 1: that is where it takes products."""
+        # The first image, and the first vector that is kept.
+        self._compared = {
+            right: there.tensor[:: len(there.images)][:2]
+            for right, there in ((True, self.left), (False, self.right))
+        }
 
     def multiplied(self, *, right: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Return the vectors of each weight on a side, and where their products are expected.
@@ -135,29 +140,27 @@ class Subspaces:
             here.images[-1].add_(here.direction, alpha=_LEANING)
 
     def stay(self, tolerance: float) -> bool:
-        """Take sigma from the best vector alone, whose product has been computed, and move none.
+        """Take sigma from the best vector alone, and move none.
 
-        For two vectors or more, after a step that found unit vectors.
+        For two vectors or more, after a step that found unit vectors, and after the products of
+        ``pair_at_rest``: of v, written to u, before a step on the right; of u, written to v,
+        before one on the left. No step needs what was there.
 
         Args:
             tolerance: By how much a product may be longer than along the vector of its side that
                 the last step found, relative to it. Power iteration would raise sigma by that.
 
         Returns:
-            Whether all products are within it. If not, a step is due; nothing has changed.
+            Whether all products are within it. If not, a step is due.
         """
-        there, products = self.right, self._room.like_second
-        if self.next_is_right:
-            there, products = self.left, self._room.like_first
-        products[1].copy_(there.kept[0])
-        gram = there.gram(products[:2], there.all)
-        sigma, along = gram[:, :1, 0].sqrt(), gram[:, :1, 1]
+        there = self.left if self.next_is_right else self.right
+        first = there.gram(self._compared[self.next_is_right], there.all)[:, 0]
+        square, along = first.unbind(1)
+        sigma = square.sqrt()
         stays = bool((sigma < (1 + tolerance) * along).all())  # not of zero, nor if not finite
         if stays:
-            factors = sigma.reciprocal()[..., None]
-            there.combine(factors, products[:1], there.images[:1], there.all)
-            self.sigma = sigma
-        self._room.release()
+            self.sigma = sigma[:, None]
+            there.scale(self.sigma.reciprocal())
         return stays
 
     def some(self, weights: Sequence[int]) -> Some:

@@ -12,6 +12,7 @@ from torch import nn
 from snr_hooks import SNROptimizer, audit, discover
 from snr_hooks.estimators import (
     MOST_REFINEMENTS,
+    REST,
     WARM_UP,
     ExactSVD,
     Held,
@@ -661,15 +662,15 @@ def test_without_tolerance_or_with_one_vector_no_weight_gets_more(multiplied):
 def test_weights_at_rest_get_no_more(multiplied):
     layers, _ = moving((0.0,) * 4, torch.Generator().manual_seed(0))
     opt = SNROptimizer(sgd(layers), layers, LAMBDA)
-    for step in range(30):
+    for step in range(10 + 5 * (REST + 1)):
         opt.zero_grad()
         backward(layers)
         if step == 9:
             multiplied.clear()
             before = opt.n_products_taken
-    # One step in four is with all vectors; every step takes one product.
+    # One step in so many is with all vectors; every step takes one product.
     assert multiplied == [[0, 1, 2, 3]] * 5
-    assert opt.n_products_taken - before == 20 * 4
+    assert opt.n_products_taken - before == 5 * (REST + 1) * 4
 
 
 def test_refinement_finds_a_direction_that_none_of_the_vectors_sees():

@@ -223,16 +223,16 @@ def test_a_run_resumed_at_rest_is_bitwise_the_uninterrupted_one(view):
             opt.step()
 
     rests = set()
-    for n_steps in range(40, 45):
+    for n_steps in range(40, 41 + REST):
         model, opt = build()
         train(model, opt, n_steps)
         state = copy.deepcopy((model.state_dict(), opt.state_dict()))
         rests |= {int(e.get("rest", -1)) for e in state[1]["snr_hooks"]["vectors"].values()}
-        train(model, opt, 6)
+        train(model, opt, REST + 3)
         resumed, other = build()
         resumed.load_state_dict(state[0])
         other.load_state_dict(state[1])
-        train(resumed, other, 6)
+        train(resumed, other, REST + 3)
         for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(a, b)
         for name, entry in opt.state_dict()["snr_hooks"]["vectors"].items():
