@@ -89,7 +89,7 @@ class SNROptimizer(Optimizer):
             what the best vector of the step before gives for the weight as it is, the weight gets
             two more products, and two more if these raise it again, up to 8: seldom with SGD at
             small learning rates, in every step with Adam, whose steps cost several times as much
-            then. Where none rises by even a fifth of this, the next three steps take one vector,
+            then. Where none rises by even a fifth of this, the next seven steps take one vector,
             which is faster. ``math.inf`` for the same work in every step. It takes two vectors or
             more, and has no effect on accelerators, where it would wait for the device, and on
             sharded weights.
