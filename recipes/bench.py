@@ -1,9 +1,11 @@
 """What the term costs, next to weight decay: ``python -m recipes.bench``.
 
-What is compared is timed in turn, in this one process. A repetition is a cycle of eight steps, so
-that settings that do not do the same in every step are timed as a whole; the figures are medians
-over repetitions, the spread is that of the middle 80 percent. Nothing here asserts a time. Compare
-figures within a run only.
+What is compared is timed in turn, in this one process; whole training steps in an order that is
+drawn anew for every round, for what ran before leaves its traces in caches and memory. A
+repetition is a cycle of eight steps, so that settings that do not do the same in every step are
+timed as a whole; the figures are medians over repetitions, the spread is that of the middle 80
+percent. Models are drawn from a fixed seed. Nothing here asserts a time. Compare figures within a
+run only.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import copy
 import gc
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +73,11 @@ Times = dict[str, list[float]]
 
 
 def measure(
-    functions: Mapping[str, Callable[[], object]], repetitions: int, *, warm_up: int = 2
+    functions: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    *,
+    warm_up: int = 2,
+    order: random.Random | None = None,
 ) -> Times:
     """Time functions in turn, again and again.
 
@@ -78,16 +85,20 @@ def measure(
         functions: What to time, by name.
         repetitions: How often each.
         warm_up: Untimed rounds before.
+        order: Draws the order of each round; without it, it is always that of ``functions``.
 
     Returns:
         The times of each in seconds.
     """
     times: Times = {name: [] for name in functions}
+    names = list(functions)
     for repetition in range(-warm_up, repetitions):
-        for name, function in functions.items():
+        if order is not None:
+            order.shuffle(names)
+        for name in names:
             _wait()
             start = time.perf_counter()
-            function()
+            functions[name]()
             _wait()
             if repetition >= 0:
                 times[name].append(time.perf_counter() - start)
@@ -331,7 +342,7 @@ def added(
 ) -> dict[str, dict[str, float]]:
     """Measure in milliseconds what methods add to a training step, and the plain step."""
     steps = {method: training_step(model, method, size, batch) for method in ["none", *methods]}
-    times = measure(steps, CYCLE * repetitions, warm_up=SETTLING)
+    times = measure(steps, CYCLE * repetitions, warm_up=SETTLING, order=random.Random(0))
     found = {"none": {"milliseconds": 1e3 * statistics.median(times["none"])}}
     for method in methods:
         pairs = zip(times["none"], times[method], strict=True)
@@ -702,6 +713,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "in_training": {},
     }
     for name in tqdm(options.models):
+        torch.manual_seed(0)
         model = timm.create_model(name, **_case(name, device)[2]).to(device)
         if "a" in options.parts:
             bench["own_work"][name] = own_work(model, SETTINGS, options.repetitions)

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import random
 import statistics
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -216,11 +218,12 @@ def test_single_slow_steps_count_neither_for_what_is_added_nor_for_shares(monkey
     assert found[DEFAULT]["share"] == 0.5
 
 
-def test_the_first_steps_of_a_training_are_not_timed(monkeypatch):
+def test_the_first_steps_of_a_training_are_not_timed_and_their_order_is_drawn(monkeypatch):
     untimed = []
 
-    def measure(functions, repetitions, *, warm_up):
+    def measure(functions, repetitions, *, warm_up, order):
         untimed.append(warm_up)
+        assert order.random() == random.Random(0).random()
         return {name: [1.0] * repetitions for name in functions}
 
     monkeypatch.setattr(bench, "training_step", lambda *_: None)
@@ -391,6 +394,44 @@ def test_warm_up_rounds_are_not_timed():
     calls = []
     times = bench.measure({"a": lambda: calls.append(1)}, 3, warm_up=2)
     assert (len(calls), len(times["a"])) == (5, 3)
+
+
+def test_a_drawn_order_is_another_in_every_round_and_the_same_in_every_run():
+    def rounds(order):
+        calls = []
+        functions = {name: partial(calls.append, name) for name in "abc"}
+        times = bench.measure(functions, 20, warm_up=1, order=order)
+        assert {name: len(taken) for name, taken in times.items()} == dict.fromkeys("abc", 20)
+        return ["".join(calls[i : i + 3]) for i in range(0, 63, 3)]
+
+    drawn = rounds(random.Random(0))
+    assert {"".join(sorted(names)) for names in drawn} == {"abc"}
+    assert len(set(drawn)) == 6
+    assert drawn == rounds(random.Random(0)) != rounds(random.Random(1))
+    assert set(rounds(None)) == {"abc"}
+
+
+def test_times_are_noted_under_the_name_of_what_took_them(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def spend(seconds):
+        clock[0] += seconds
+
+    functions = {"short": partial(spend, 1.0), "long": partial(spend, 2.0)}
+    times = bench.measure(functions, 8, order=random.Random(0))
+    assert times == {"short": [1.0] * 8, "long": [2.0] * 8}
+
+
+def test_models_are_the_same_in_every_run(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(bench, "SETTINGS", {})
+    monkeypatch.setattr(bench, "own_work", lambda model, *_: drawn.append(model) or {})
+    monkeypatch.setattr(bench, "exact_work", lambda model: 1.0)
+    for _ in range(2):
+        torch.rand(3)
+        bench.main(["--models", "test_vit", "--parts", "a", "--output", str(tmp_path)])
+    assert all(map(torch.equal, *(model.parameters() for model in drawn)))
 
 
 def test_the_spread_is_that_of_the_middle_eighty_percent():
