@@ -138,7 +138,9 @@ class SubspaceIteration:
         """Return the next terms, and keep the vectors for the ones after."""
         iterated = [target for target in targets if not self._is_thin(target)]
         arrangement = [_place(target) for target in iterated]
-        if arrangement != self._arrangement:  # other weights, or weights that were moved
+        # Other weights, or weights that were moved, or batches that came to be on the same side
+        # while one was at rest: from their state they would be one.
+        if arrangement != self._arrangement or not _are_distinct(self._batches):
             vectors = self._by_name(iterated)
             self._batches = _batches(iterated, vectors)
             self._arrangement = arrangement
@@ -161,7 +163,7 @@ class SubspaceIteration:
         return self._with_exact(targets, self._iterated(batches))
 
     def _iterated(self, batches: "Sequence[_Batch]") -> list[Term]:
-        terms = _iterated(batches, self.n_products, self.tolerance)
+        terms = _iterated(batches, self.n_products, self.tolerance, may_rest=self._may_rest)
         for batch in batches:
             batch.lean()
         return terms
@@ -207,6 +209,11 @@ class SubspaceIteration:
                 state[name] = {**state[name], "input_size": torch.tensor(size, device="cpu")}
         return state
 
+    @property
+    def _may_rest(self) -> bool:
+        """Whether steps may be at rest: who asks for other work in every step gets that."""
+        return self.n_products == 1 and self.tolerance < math.inf
+
     def restored(self, state: Mapping[str, object], targets: Iterable[Target]) -> Self:
         """Return an estimator that continues from saved vectors.
 
@@ -228,6 +235,8 @@ class SubspaceIteration:
             for name, target in by_name.items()
             if name in state and _is_of_size(target, state[name]) and not self._is_thin(target)
         }
+        if not self._may_rest:
+            known = {name: _without_rest(vectors) for name, vectors in known.items()}
         unknown = sorted(state.keys() - by_name.keys())
         if unknown:
             warnings.warn(
@@ -539,6 +548,12 @@ class _Batch:
             for target, vectors_, out in zip(self._members, vectors, outs, strict=True)
         ]
 
+    @property
+    def key(self) -> object:
+        """What all of these weights have in common, and no other batch has, as in ``_batches``."""
+        vectors = self._subspaces.right.tensor
+        return vectors.device, vectors.dtype, len(vectors), self._subspaces.next_is_right
+
     def lean(self) -> None:
         """Let vectors look for directions that they do not see, after a step that moved them."""
         if self._latest is not self._found_at_rest:
@@ -657,14 +672,16 @@ class _Batch:
 
 
 def _iterated(
-    batches: "Sequence[_Batch]", n_products: int, tolerance: float = math.inf
+    batches: "Sequence[_Batch]",
+    n_products: int,
+    tolerance: float = math.inf,
+    *,
+    may_rest: bool = False,
 ) -> list[Term]:
     """Take some products with each weight and return the last terms, by target."""
     terms: dict[int, Term] = {}
     # What autograd does for kernels that it does not record took 3 % of the term on MobileNetV3.
     with torch.inference_mode(), _without_autocast({batch.device.type for batch in batches}):
-        # Who asks for the same work in every step, or for more than one product, gets it.
-        may_rest = n_products == 1 and tolerance < math.inf
         moving = [batch for batch in batches if not (may_rest and batch.rest(tolerance))]
         for _ in range(n_products):
             add_up([part for batch in moving for part in batch.multiply()])
@@ -687,6 +704,15 @@ def _batches(targets: Sequence[Target], vectors: Mapping[str, Vectors]) -> list[
         key = parameter.device, _at_least_float32(parameter), k, _next_is_right(pair)
         members.setdefault(key, []).append(index)
     return [_Batch(targets, indices, vectors) for indices in members.values()]
+
+
+def _are_distinct(batches: Sequence[_Batch]) -> bool:
+    """Return whether ``_batches`` would keep their weights apart, as they are by now."""
+    return len({batch.key for batch in batches}) == len(batches)
+
+
+def _without_rest(vectors: Vectors) -> Vectors:
+    return {key: part for key, part in vectors.items() if key != "rest"}
 
 
 def _next_is_right(pair: Vectors) -> bool:

@@ -31,10 +31,11 @@ has a part in all but those that are orthogonal to it.
 The module knows no layers. The vectors of all matrices lie in one tensor a side, and the small
 matrices of the Rayleigh-Ritz step are worked on for all weights at once: apart from the
 products themselves, the number of kernels a step does not depend on the number of weights.
-Nothing but ``rising`` waits for the device.
+Nothing but ``stay``, ``rests``, ``rising`` and ``some`` waits for the device.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -108,6 +109,9 @@ class Subspaces:
         first = slice(0, 1)
         self.pair_at_rest = _rows(self.left.each, first), _rows(self.right.each, first)
         """The same after ``stay``, on either side, with r = 1: that is where it takes products."""
+        # A product that is shorter cannot be made a unit vector, or its square is no normal number.
+        tiny = torch.finfo(self.right.tensor.dtype).tiny
+        self._faintest = max(tiny, math.sqrt(torch.finfo(torch.float64).tiny))
         # The first image, and the first vector that is kept.
         self._compared = {
             right: there.tensor[:: len(there.images)][:2]
@@ -157,7 +161,8 @@ class Subspaces:
         first = there.gram(self._compared[self.next_is_right], there.all)[:, 0]
         square, along = first.unbind(1)
         sigma = square.sqrt()
-        stays = bool((sigma < (1 + tolerance) * along).all())  # not of zero, nor if not finite
+        known = sigma > self._faintest
+        stays = bool((known & (sigma < (1 + tolerance) * along)).all())  # not if not finite
         if stays:
             self.sigma = sigma[:, None]
             there.scale(self.sigma.reciprocal())
@@ -200,8 +205,11 @@ class Subspaces:
             self.sigma = self.sigma.index_copy(0, some.maps, sigma)
 
     def rests(self, tolerance: float) -> bool:
-        """Return whether the last step raised no sigma by more than a tolerance, as ``rising``."""
-        return bool((self.sigma[:, 0] <= (1 + tolerance) * self._before).all())
+        """Return whether the last step raised no sigma by more than a tolerance, as ``rising``.
+
+        Not if one is zero or not finite, for ``stay`` would refuse it.
+        """
+        return bool((self.sigma[:, 0] < (1 + tolerance) * self._before).all())
 
     def rising(self, tolerance: float) -> list[int]:
         """Return the weights whose sigma has risen by more than a tolerance, relative to it.
@@ -216,7 +224,7 @@ class Subspaces:
 
 
 class _Room:
-    """Memory of two tensors, of which one at a time is needed, and between steps none.
+    """Memory of two tensors, of which one at a time is needed, and after a step none.
 
     The memory comes and goes under the tensors, so that the views of every weight are made once,
     at the beginning, while there is memory.
