@@ -115,7 +115,7 @@ def cost(name: str, repetitions: int) -> dict[str, Any]:
 
     Args:
         name: A model of ``MODELS``.
-        repetitions: Cycles of eight steps.
+        repetitions: Cycles of sixteen steps.
 
     Returns:
         By choice, the ratios to the default and to weight decay with their spread.
@@ -331,7 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.views", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/views"))
     parser.add_argument("--parts", nargs="*", default=["coverage", "cost", "norms", "decoupled"])
-    parser.add_argument("--repetitions", type=int, default=20, help="cycles of eight steps")
+    parser.add_argument("--repetitions", type=int, default=10, help="cycles of sixteen steps")
     parser.add_argument("--models", nargs="*", help="timm models to cover (default all)")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)

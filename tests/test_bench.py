@@ -139,11 +139,28 @@ def test_operators_outside_products_do_not_grow_with_the_number_of_weights():
     assert counts[1] - counts[0] <= 20 * 6
 
 
-def test_slow_steps_do_not_count_but_the_dear_steps_of_a_cycle_do():
-    cycle = [4.0, 1.0, 1.0, 1.0, 4.0, 1.0, 1.0, 1.0]
-    times = cycle * 5
-    times[3] = times[12] = 100.0
-    assert bench.by_phase(times) == statistics.mean(cycle)
+def test_disturbed_rounds_do_not_count_but_dear_steps_do_wherever_they_are():
+    plain = [10.0] * 80
+    method = [11.0] * 80
+    for cycle in range(10):
+        method[8 * cycle + cycle % 8] = 13.0
+    assert bench.added_by(plain, method) == pytest.approx(1.25)
+    plain[3] = method[14] = 13.75 + 1e-6  # more than 1.25 times the median; none of the dear steps
+    assert bench.added_by(plain, method) == pytest.approx(1 + 2 * 10 / 78)
+
+
+def test_a_cycle_is_a_whole_number_of_periods_of_the_default():
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 30))
+    optimizer = bench.wrapped(model, SETTINGS[DEFAULT])
+    step = bench.hooked_step(optimizer)
+    sides = []
+    for _ in range(20 * bench.CYCLE):
+        step()
+        entries = optimizer.state_dict()["snr_hooks"]["vectors"].values()
+        sides.append([(len(e["left"]), len(e["right"]), int(e.get("rest", -1))) for e in entries])
+    *_, before, last = (sides[i : i + bench.CYCLE] for i in range(0, len(sides), bench.CYCLE))
+    assert before == last
+    assert len({side[0] for side in map(tuple, last)}) == bench.CYCLE  # and no less
 
 
 def test_own_work_is_the_step_over_weight_decay_by_cycles(monkeypatch):
@@ -223,7 +240,7 @@ def test_the_first_steps_of_a_training_are_not_timed_and_their_order_is_drawn(mo
 
     def measure(functions, repetitions, *, warm_up, order):
         untimed.append(warm_up)
-        assert order.random() == random.Random(0).random()
+        assert isinstance(order, random.Random)
         return {name: [1.0] * repetitions for name in functions}
 
     monkeypatch.setattr(bench, "training_step", lambda *_: None)
@@ -337,9 +354,11 @@ def test_the_table_has_what_was_measured_on_a_gpu():
 
 def test_along_a_training_the_weights_move_under_the_term(monkeypatch):
     times = {"floor": [0.5], "step": [2.0]}
+    orders = set()
 
-    def measure(functions, repetitions, warm_up):
+    def measure(functions, repetitions, warm_up, order):
         assert (repetitions, warm_up) == (1, 0)
+        orders.add(order)
         for function in functions.values():
             function()
         return times
@@ -356,6 +375,8 @@ def test_along_a_training_the_weights_move_under_the_term(monkeypatch):
     before = [p.clone() for p in model.parameters()]
     found = bench.along_training(model, create, 32, 2)
     assert all(map(torch.equal, model.parameters(), before))
+    assert len(orders) == 1  # one that goes on, not the same draw in every step
+    assert isinstance(orders.pop(), random.Random)
     twin = copy.deepcopy(model)  # trained likewise, in the usual loop
     optimizer = SNROptimizer(torch.optim.SGD(twin.parameters(), lr=0.1), twin, 0.01)
     torch.manual_seed(0)
