@@ -31,11 +31,10 @@ has a part in all but those that are orthogonal to it.
 The module knows no layers. The vectors of all matrices lie in one tensor a side, and the small
 matrices of the Rayleigh-Ritz step are worked on for all weights at once: apart from the
 products themselves, the number of kernels a step does not depend on the number of weights.
-Nothing but ``stay``, ``rests``, ``rising`` and ``some`` waits for the device.
+Nothing but ``stay``, ``rests``, ``rising`` and ``some`` wait for the device.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,9 +108,6 @@ class Subspaces:
         first = slice(0, 1)
         self.pair_at_rest = _rows(self.left.each, first), _rows(self.right.each, first)
         """The same after ``stay``, on either side, with r = 1: that is where it takes products."""
-        # A product that is shorter cannot be made a unit vector, or its square is no normal number.
-        tiny = torch.finfo(self.right.tensor.dtype).tiny
-        self._faintest = max(tiny, math.sqrt(torch.finfo(torch.float64).tiny))
         # The first image, and the first vector that is kept.
         self._compared = {
             right: there.tensor[:: len(there.images)][:2]
@@ -161,7 +157,7 @@ class Subspaces:
         first = there.gram(self._compared[self.next_is_right], there.all)[:, 0]
         square, along = first.unbind(1)
         sigma = square.sqrt()
-        known = sigma > self._faintest
+        known = sigma > torch.finfo(there.tensor.dtype).tiny  # as rayleigh_ritz has it
         stays = bool((known & (sigma < (1 + tolerance) * along)).all())  # not if not finite
         if stays:
             self.sigma = sigma[:, None]

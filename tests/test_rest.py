@@ -259,9 +259,11 @@ def test_a_term_at_rest_is_exact_for_every_view(side, dtype):
     assert len(targets) == 6
     iteration = SubspaceIteration(1, 3, TOLERANCE, 0)
     for _ in range(100):
-        terms = iteration.advance(targets)
+        iteration.advance(targets)
         if rest_of(iteration) == REST and _next_is_right(iteration) == side:
             break
+    else:
+        pytest.fail("the iteration never came to rest on this side")
     for p in model.parameters():
         p.data *= 1.5
     terms = iteration.advance(targets)
