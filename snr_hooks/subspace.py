@@ -154,11 +154,12 @@ class Subspaces:
             Whether all products are within it. If not, a step is due.
         """
         there = self.left if self.next_is_right else self.right
-        first = there.gram(self._compared[self.next_is_right], there.all)[:, 0]
-        square, along = first.unbind(1)
+        square, along = there.gram(self._compared[self.next_is_right], there.all)[:, 0].unbind(1)
         sigma = square.sqrt()
-        known = sigma > torch.finfo(there.tensor.dtype).tiny  # as rayleigh_ritz has it
-        stays = bool((known & (sigma < (1 + tolerance) * along)).all())  # not if not finite
+        least = torch.finfo(there.tensor.dtype).tiny  # as rayleigh_ritz has it
+        # Not if not finite. As numbers: for so few that takes less time than kernels.
+        pairs = zip(sigma.tolist(), along.tolist(), strict=True)
+        stays = all(least < length < (1 + tolerance) * part for length, part in pairs)
         if stays:
             self.sigma = sigma[:, None]
             there.scale(self.sigma.reciprocal())

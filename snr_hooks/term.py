@@ -93,10 +93,9 @@ class SpectralTerm:
         return 0.0 if index is None else self._strength_in(index, target)
 
     def _strength_in(self, index: int, target: Target) -> float:
-        chosen = target.strength
-        value: Strength = self.default if chosen is None else chosen
-        if chosen is None:
-            value = self._optimizer.param_groups[index].get(STRENGTH, value)
+        value = chosen = target.strength
+        if value is None:
+            value = self._optimizer.param_groups[index].get(STRENGTH, self.default)
         if type(value) is float and 0 <= value < math.inf:  # as good as always; spare the text
             return value
         what = f"{STRENGTH} of group {index}" if chosen is None else f"lambda of {target.name!r}"
