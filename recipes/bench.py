@@ -560,62 +560,14 @@ def machine(device: torch.device) -> str:
 
 
 def table(bench: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
-    models = list(bench["own_work"])
-    lines = [
-        f"{bench['machine']}. Medians, in brackets the middle 80 % of the repetitions.",
-        "",
-        "(a) The wrapper's own work in a step, over weight decay on the same tensors:",
-        "",
-    ]
-    rows = [["", *models]]
-    for name in next(iter(bench["own_work"].values()), {}):
-        cells = []
-        for entry in (bench["own_work"][model][name] for model in models):
-            cells.append("{ratio:.2f} ({low:.2f}-{high:.2f})".format(**entry))
-            if "on_device" in entry:
-                cells[-1] += f"; kernels alone {entry['on_device']:.2f}"
-        rows.append([name, *cells])
-    rows.append(["exact SVD", *(f"{ratio:.0f} (once)" for ratio in bench["exact_work"].values())])
-    lines += [
-        *markdown_table(rows),
-        "",
-        "(b) What a method adds to a whole training step, in percent of it: the mean, without "
-        f"rounds in which a step took {DISTURBED} times its median, in brackets the middle 80 % "
-        "of the cycles:",
-        "",
-    ]
-    rows = [["", *bench["whole_step"]]]
-    for method in next(iter(bench["whole_step"].values()), {}):
-        cells = []
-        for found in bench["whole_step"].values():
-            entry = found[method]
-            if "milliseconds" in entry:
-                cells.append(f"{entry['milliseconds']:.0f} ms")
-            elif "low" in entry:
-                cells.append("{ratio:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry))
-            else:
-                cells.append(f"{entry['ratio']:+.0f} (once)")
-        rows.append([method, *cells])
-    lines += [
-        *markdown_table(rows),
-        *_short_steps(bench["short_step"]),
-        "",
-        "(c) Memory that the wrapper keeps, in percent of the parameters' bytes / the largest "
-        "temporary, in percent of the largest weight; (d) operators a step / weights:",
-        "",
-    ]
-    rows = [["", *bench["memory"]]]
-    for name in next(iter(bench["memory"].values()), {}):
-        cells = []
-        for found in bench["memory"].values():
-            entry = found[name]
-            cell = "{state_percent:.2f} / {largest_temporary_percent:.1f}; {operators} / {weights}"
-            cells.append(cell.format(**entry))
-            if "kernels" in entry:
-                cells[-1] += f", {entry['kernels']} kernels"
-        rows.append([name, *cells])
-    lines += markdown_table(rows)
+    """Return the results as Markdown, those of the parts that were run."""
+    lines = [f"{bench['machine']}. Medians, in brackets the middle 80 % of the repetitions."]
+    if bench["own_work"]:
+        lines += _term_alone(bench["own_work"], bench["exact_work"])
+    if bench["whole_step"]:
+        lines += _whole_steps(bench["whole_step"]) + _short_steps(bench["short_step"])
+    if bench["memory"]:
+        lines += _memory(bench["memory"])
     if bench["in_training"]:
         lines += _trainings(bench["in_training"])
     if "growth" in bench:
@@ -629,6 +581,64 @@ def table(bench: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _titled(title: str, rows: list[list[str]]) -> list[str]:
+    return ["", title, "", *markdown_table(rows)]
+
+
+def _term_alone(measured: dict[str, Any], exact: dict[str, float]) -> list[str]:
+    """Return the table of (a)."""
+    rows = [["", *measured]]
+    for name in next(iter(measured.values())):
+        cells = []
+        for entry in (found[name] for found in measured.values()):
+            cells.append("{ratio:.2f} ({low:.2f}-{high:.2f})".format(**entry))
+            if "on_device" in entry:
+                cells[-1] += f"; kernels alone {entry['on_device']:.2f}"
+        rows.append([name, *cells])
+    rows.append(["exact SVD", *(f"{ratio:.0f} (once)" for ratio in exact.values())])
+    title = "(a) The wrapper's own work in a step, over weight decay on the same tensors:"
+    return _titled(title, rows)
+
+
+def _whole_steps(measured: dict[str, Any]) -> list[str]:
+    """Return the table of (b) for whole steps."""
+    rows = [["", *measured]]
+    for method in next(iter(measured.values())):
+        cells = []
+        for entry in (found[method] for found in measured.values()):
+            if "milliseconds" in entry:
+                cells.append(f"{entry['milliseconds']:.0f} ms")
+            elif "low" in entry:
+                cells.append("{ratio:+.1f} ({low:+.1f} to {high:+.1f})".format(**entry))
+            else:
+                cells.append(f"{entry['ratio']:+.0f} (once)")
+        rows.append([method, *cells])
+    title = (
+        "(b) What a method adds to a whole training step, in percent of it: the mean, without "
+        f"rounds in which a step took {DISTURBED} times its median, in brackets the middle 80 % "
+        "of the cycles:"
+    )
+    return _titled(title, rows)
+
+
+def _memory(measured: dict[str, Any]) -> list[str]:
+    """Return the table of (c) and (d)."""
+    rows = [["", *measured]]
+    for name in next(iter(measured.values())):
+        cells = []
+        for entry in (found[name] for found in measured.values()):
+            cell = "{state_percent:.2f} / {largest_temporary_percent:.1f}; {operators} / {weights}"
+            cells.append(cell.format(**entry))
+            if "kernels" in entry:
+                cells[-1] += f", {entry['kernels']} kernels"
+        rows.append([name, *cells])
+    title = (
+        "(c) Memory that the wrapper keeps, in percent of the parameters' bytes / the largest "
+        "temporary, in percent of the largest weight; (d) operators a step / weights:"
+    )
+    return _titled(title, rows)
+
+
 def _short_steps(measured: dict[str, Any]) -> list[str]:
     """Return the table of (b) for short steps."""
     plain = [f"{found['none']['milliseconds']:.0f} ms" for found in measured.values()]
@@ -639,13 +649,11 @@ def _short_steps(measured: dict[str, Any]) -> list[str]:
             for found in measured.values()
         ]
         rows.append([method, *cells])
-    return [
-        "",
+    title = (
         f"(b) What it adds in milliseconds, likewise, to steps of {SHORT} images; as a share of "
-        "what the penalty adds:",
-        "",
-        *markdown_table(rows),
-    ]
+        "what the penalty adds:"
+    )
+    return _titled(title, rows)
 
 
 def _trainings(measured: dict[str, Any]) -> list[str]:
@@ -659,13 +667,11 @@ def _trainings(measured: dict[str, Any]) -> list[str]:
             form.format(**found[name]) if found[name] else "diverged" for found in measured.values()
         ]
         rows.append([name, *cells])
-    return [
-        "",
+    title = (
         f"(f) As (a), of {DEFAULT}, over cycles of a training on digits: ratio; products with a "
-        "weight in a step; median / worst error of sigma at the end in percent:",
-        "",
-        *markdown_table(rows),
-    ]
+        "weight in a step; median / worst error of sigma at the end in percent:"
+    )
+    return _titled(title, rows)
 
 
 def _positive(text: str) -> int:
@@ -712,11 +718,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         default=Path("runs/bench"),
         help="folder, whose bench.json, bench.md and bench.png are replaced: figures of several "
-        "runs do not compare",
+        "runs do not compare; a picture takes parts a and e",
     )
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("expected a GPU for --device cuda, found none that torch can use")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"expected --output to be a folder that can be made, found {error}")
     bench: dict[str, Any] = {
         "device": device.type,
         "machine": machine(device),
@@ -754,8 +765,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = table(bench)
     (options.output / "bench.md").write_text(text)
     print(text)
+    picture = options.output / "bench.png"
+    picture.unlink(missing_ok=True)
     if "growth" in bench and bench["own_work"]:
-        draw_bench(options.output / "bench.png", bench)
+        draw_bench(picture, bench)
 
 
 if __name__ == "__main__":

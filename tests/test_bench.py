@@ -64,6 +64,9 @@ def test_parts_can_be_measured_alone(part, tiny, tmp_path):
     expected = ["own_work", "whole_step", "memory", "memory", "growth", "in_training"]
     found = {key for key in expected if result.get(key)}
     assert found == {expected["abcdef".index(part)]}
+    headings = {line[:3] for line in (tmp_path / "bench.md").read_text().splitlines()}
+    shown = {"(c)"} if part == "d" else {f"({part})"}
+    assert {heading for heading in headings if heading.startswith("(")} == shown
 
 
 def test_memory_is_the_same_when_measured_again():
@@ -285,6 +288,34 @@ def test_options_that_would_measure_nothing_are_refused(arguments, message, tmp_
         bench.main([*arguments, "--output", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["", "below"])
+def test_an_output_that_is_no_folder_is_refused_before_anything_is_measured(
+    place, tmp_path, capsys
+):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(SystemExit):
+        bench.main(["--output", str(file / place)])
+    assert "expected --output to be a folder that can be made, found" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cuda", "--output", str(tmp_path / "out")])
+    assert "expected a GPU for --device cuda, found none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_of_other_figures_does_not_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SETTINGS", {ECONOMICAL: SETTINGS[ECONOMICAL]})
+    (tmp_path / "bench.png").write_text("of the run before")
+    bench.main(["--models", "test_vit", "--parts", "c", "--output", str(tmp_path)])
+    assert not (tmp_path / "bench.png").exists()
+    assert "(a)" not in (tmp_path / "bench.md").read_text()
 
 
 def test_any_model_of_timm_can_be_measured(tmp_path, monkeypatch):
