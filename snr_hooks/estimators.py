@@ -708,6 +708,7 @@ def _batches(targets: Sequence[Target], vectors: Mapping[str, Vectors]) -> list[
 
 def _are_distinct(batches: Sequence[_Batch]) -> bool:
     """Return whether ``_batches`` would keep their weights apart, as they are by now."""
+    # Most often there is one, in a place where the caches are full of other things.
     return len(batches) < 2 or len({batch.key for batch in batches}) == len(batches)
 
 
