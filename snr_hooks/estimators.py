@@ -31,10 +31,14 @@ MOST_REFINEMENTS = 4
 """Pairs of products with a weight in a step beyond those that are taken anyway."""
 
 REST = 7
-"""For how many steps the best vector alone is multiplied, after one in which no sigma rose."""
+"""For how many steps the best vector alone is multiplied, after one in which few sigmas rose."""
 
 CALM = 0.2
 """By which part of the tolerance sigma may rise in the step before the first ones at rest."""
+
+FEW = 0.25
+"""Which part of the entries of a batch the weights may have whose sigma rises while it rests: two
+products with so many take half the time of one with all."""
 
 Vectors = Mapping[str, Tensor]
 """What is kept of a weight: ``left``, shape ``(l, m)``, and ``right``, shape ``(r, n)``; and at
@@ -106,7 +110,7 @@ class SubspaceIteration:
             many as that.
         tolerance: Further pairs of products, ``MOST_REFINEMENTS`` at most, are taken with a weight
             as long as they raise its sigma by more than this, relative to it. A step that raises
-            none by ``CALM`` times this is followed by ``REST`` of a single vector, and so on.
+            few by ``CALM`` times this is followed by ``REST`` of a single vector, and so on.
         seed: Seed of the starting vectors.
         vectors: Vectors to continue from, by parameter name.
     """
@@ -498,6 +502,7 @@ class _Batch:
         }
         self._latest = self._found[not right]
         self._found_at_rest = self._u_v_adder(members, self._subspaces.pair_at_rest)
+        self._sizes = [target.parameter.numel() for target in members]
         self._can_rest = k > 1 and self._can_look() and all(t.top == 1 for t in members)
         self._n_rest: int | None = None
         """At rest, for how many steps more; at 0 it is time to look whether it goes on."""
@@ -559,24 +564,28 @@ class _Batch:
         if self._latest is not self._found_at_rest:
             self._subspaces.lean()
 
-    def settle(self, tolerance: float) -> bool:
-        """Rest in the next steps, if this one raised no sigma by much of the tolerance.
+    def settle(self, tolerance: float) -> None:
+        """Refine, and rest in the next steps, if this one raised few sigmas by much of a tolerance.
 
-        After a rest, in which vectors fall behind, it may be all of the tolerance.
-
-        Returns:
-            Whether the next steps are at rest.
+        Those few are refined until they rise by no more, either. After a rest, in which vectors
+        fall behind, it may be all of the tolerance.
         """
         limit = CALM * tolerance if self._n_rest is None else tolerance
-        settled = self._can_rest and self._subspaces.rests(limit)
-        self._n_rest = REST if settled else None
-        return settled
+        rests = (
+            self._can_rest
+            and self._are_few(self._subspaces.rising(limit))
+            and self._subspaces.is_sound()
+        )
+        self._n_rest = REST if rests else None
+        self.refine(limit if rests else tolerance)
 
     def rest(self, tolerance: float) -> bool:
         """Multiply the best vector of each weight alone, if that will do.
 
+        A few weights for which it does not do get steps of their own.
+
         Returns:
-            Whether it does, and the terms are found. A step is due otherwise.
+            Whether the terms are found. A step of all weights is due otherwise.
         """
         if not self._n_rest:
             return False
@@ -584,11 +593,22 @@ class _Batch:
         for product in products:
             product()
         self.n_products += len(products)
-        stays = self._subspaces.stay(tolerance)
-        self._n_rest = self._n_rest - 1 if stays else None
-        if stays:
-            self._latest = self._found_at_rest
-        return stays
+        due = self._subspaces.stay(tolerance)
+        if due is None or not self._are_few(due):
+            self._n_rest = None
+            return False
+        self._n_rest -= 1
+        self._latest = self._found_at_rest
+        if due:
+            self._refine(due, tolerance)
+            some = self._subspaces.some(due)
+            self._subspaces.sit(some)
+            self._subspaces.lean(some)
+        return True
+
+    def _are_few(self, weights: Sequence[int]) -> bool:
+        """Whether steps of some weights alone take clearly less than one of all."""
+        return sum(self._sizes[index] for index in weights) <= FEW * sum(self._sizes)
 
     def multiply(
         self, weights: Sequence[int] | None = None
@@ -619,16 +639,18 @@ class _Batch:
 
         Sigma of a single vector is all that a product finds, and never rises.
         """
-        if not self._can_look():
-            return
+        if self._can_look():
+            self._refine(self._subspaces.rising(tolerance), tolerance)
+
+    def _refine(self, weights: Sequence[int], tolerance: float) -> None:
         for _ in range(MOST_REFINEMENTS):
-            rising = self._subspaces.rising(tolerance)
-            if not rising:
+            if not weights:
                 return
-            some = self._subspaces.some(rising)
+            some = self._subspaces.some(weights)
             for _ in range(2):
-                self.multiply(rising)
+                self.multiply(weights)
                 self._subspaces.step(some)
+            weights = self._subspaces.rising(tolerance)
 
     def terms(self) -> Iterator[Term]:
         """Return the terms that the last step found."""
@@ -688,7 +710,9 @@ def _iterated(
             for batch in moving:
                 batch.step()
         for batch in moving:
-            if not (may_rest and batch.settle(tolerance)):
+            if may_rest:
+                batch.settle(tolerance)
+            else:
                 batch.refine(tolerance)
     for batch in batches:
         terms.update(zip(batch.indices, batch.terms(), strict=True))

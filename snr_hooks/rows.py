@@ -127,6 +127,15 @@ class Rows:
         factors = factors.to(self.tensor.dtype).index_select(0, self.all.owners)
         self._first_image.mul_(factors)
 
+    def repeat_kept(self, of: Chunks) -> None:
+        """Copy the first vector that is kept to the place of the first image."""
+        self._put(self._cut(self.kept[:1], of), self.images[:1], of)
+
+    def lean(self, length: float, of: Chunks) -> None:
+        """Add to the last image a fixed direction, at some length."""
+        last = self.images[-1:]
+        self._put(self._cut(last, of).add(self._cut(self._direction, of), alpha=length), last, of)
+
     def fill(self, unknown: Tensor, of: Chunks) -> None:
         """Replace the first vectors by fixed unit vectors, where ``unknown``, ``(L, h)``, says."""
         if unknown.is_cpu and not unknown.any():
@@ -148,9 +157,9 @@ class Rows:
             places.index_copy_(1, of.numbers, chunks)
 
     @cached_property
-    def direction(self) -> Tensor:
+    def _direction(self) -> Tensor:
         """A fixed unit vector of each map, laid out in one row like these, in half precision."""
-        return self._signs(self.tensor.new_zeros(1, self.tensor.shape[1], dtype=torch.bfloat16))[0]
+        return self._signs(self.tensor.new_zeros(1, self.tensor.shape[1], dtype=torch.bfloat16))
 
     @cached_property
     def _fixed(self) -> Tensor:

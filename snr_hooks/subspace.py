@@ -21,7 +21,8 @@ on either side, and so on while they raise it, a few times.
 Where none rises by even a fraction of that, the weights are at rest, and the product with the best
 vector alone is as good for a few steps: its term is again the exact gradient of a lower bound, for
 the weights as they are. A single vector takes less time than a few, and no Rayleigh-Ritz step.
-``stay`` tells when it does not do any more: the product is longer than along its partner.
+``stay`` tells of which it does not do any more: the product is longer than along its partner. Two
+steps of these alone follow there, too, and ``sit`` takes what they find into the rest.
 
 What no product can tell is that a direction is missing in which none of the vectors has a part
 but for rounding, and the term presses down the others until it is the largest. So at the end of
@@ -31,10 +32,11 @@ has a part in all but those that are orthogonal to it.
 The module knows no layers. The vectors of all matrices lie in one tensor a side, and the small
 matrices of the Rayleigh-Ritz step are worked on for all weights at once: apart from the
 products themselves, the number of kernels a step does not depend on the number of weights.
-Nothing but ``stay``, ``rests``, ``rising`` and ``some`` wait for the device.
+Nothing but ``stay``, ``is_sound``, ``rising`` and ``some`` wait for the device.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -128,18 +130,21 @@ class Subspaces:
         """Make room for products, all zero."""
         self._room.reserve()
 
-    def lean(self) -> None:
+    def lean(self, some: Some | None = None) -> None:
         """Let the last image of the side that is multiplied next lean towards a fixed direction.
 
         Only where there is one more of them than kept vectors, as with 3, 5, ... vectors. Of an
         even number the kept ones hold what the last image was before, and the step would choose
         that. A single vector has to be the best.
-        """
-        here = self.right if self.next_is_right else self.left
-        if len(here.images) > len(here.kept) > 0:
-            here.images[-1].add_(here.direction, alpha=_LEANING)
 
-    def stay(self, tolerance: float) -> bool:
+        Args:
+            some: Of these weights alone.
+        """
+        here, of = self._side(some, right=self.next_is_right)
+        if len(here.images) > len(here.kept) > 0:
+            here.lean(_LEANING, of)
+
+    def stay(self, tolerance: float) -> list[int] | None:
         """Take sigma from the best vector alone, and move none.
 
         For two vectors or more, after a step that found unit vectors, and after the products of
@@ -151,22 +156,36 @@ class Subspaces:
                 the last step found, relative to it. Power iteration would raise sigma by that.
 
         Returns:
-            Whether all products are within it. If not, a step is due.
+            The weights with a product that is longer, of which steps are due. None, and nothing
+            was taken, if a sigma is zero or not finite: then a step of all weights is due.
         """
-        there = self.left if self.next_is_right else self.right
-        square, along = there.gram(self._compared[self.next_is_right], there.all)[:, 0].unbind(1)
+        there, of = self._side(None, right=not self.next_is_right)
+        square, along = there.gram(self._compared[self.next_is_right], of)[:, 0].unbind(1)
         sigma = square.sqrt()
         least = torch.finfo(there.tensor.dtype).tiny  # as rayleigh_ritz has it
-        # Not if not finite. As numbers: for so few that takes less time than kernels.
-        pairs = zip(sigma.tolist(), along.tolist(), strict=True)
-        stays = all(least < length < (1 + tolerance) * part for length, part in pairs)
-        if stays:
-            self.sigma = sigma[:, None]
-            there.scale(self.sigma.reciprocal())
-        return stays
+        # As numbers: for so few that takes less time than kernels.
+        lengths, parts = sigma.tolist(), along.tolist()
+        if not all(least < length < math.inf for length in lengths):
+            return None
+        self.sigma = sigma[:, None]
+        there.scale(self.sigma.reciprocal())
+        pairs = zip(lengths, parts, strict=True)
+        if all(length < (1 + tolerance) * part for length, part in pairs):
+            return []
+        return self._owners(sigma >= (1 + tolerance) * along)
+
+    def sit(self, some: Some) -> None:
+        """Take the pairs that steps of some weights found for those of ``pair_at_rest``.
+
+        After ``stay`` and an even number of such steps: one vector of a pair is there already, the
+        other is the best one that is kept of the side that is not multiplied next.
+        """
+        there, of = self._side(some, right=not self.next_is_right)
+        there.repeat_kept(of)
 
     def some(self, weights: Sequence[int]) -> Some:
-        """Choose weights for steps of these alone."""
+        """Choose weights for two steps of these alone, and note their sigma for ``rising``."""
+        self._before = self.sigma[:, 0]
         chosen = torch.tensor(weights, device=self._weights.device)
         maps = torch.isin(self._weights, chosen).nonzero()[:, 0]
         return Some(maps, self.right.some(maps), self.left.some(maps))
@@ -179,11 +198,9 @@ class Subspaces:
                 all to the same side again.
         """
         right = self.next_is_right
-        here, there = (self.right, self.left) if right else (self.left, self.right)
+        here, of_here = self._side(some, right=right)
+        there, of_there = self._side(some, right=not right)
         products = self._room.like_first if right else self._room.like_second
-        of_here, of_there = here.all, there.all
-        if some is not None:
-            of_here, of_there = (some.right, some.left) if right else (some.left, some.right)
         k = len(here.tensor)
         image_gram = there.gram(products, of_there)
         gram = here.gram(here.tensor, of_here) if k > 1 else torch.ones_like(image_gram)
@@ -194,30 +211,38 @@ class Subspaces:
         self._room.release()
         there.fill(ritz.unknown, of_there)
         self.next_is_right = not right
-        sigma = ritz.sigma[:, : k // 2 or 1]
         if some is None:
-            self.sigma = sigma
+            self.sigma = ritz.sigma[:, : k // 2 or 1]
             self._before = (image_gram[:, 0, 0] / gram[:, 0, 0]).sqrt()  # of the first vector
         else:
+            sigma = ritz.sigma[:, : self.sigma.shape[1]]  # one after ``stay``
             self.sigma = self.sigma.index_copy(0, some.maps, sigma)
 
-    def rests(self, tolerance: float) -> bool:
-        """Return whether the last step raised no sigma by more than a tolerance, as ``rising``.
-
-        Not if one is zero or not finite, for ``stay`` would refuse it.
-        """
-        return bool((self.sigma[:, 0] < (1 + tolerance) * self._before).all())
+    def is_sound(self) -> bool:
+        """Return whether no sigma is zero or not finite; ``stay`` would refuse that."""
+        sigma = self.sigma[:, 0]
+        return bool(((sigma > 0) & (sigma < math.inf)).all())
 
     def rising(self, tolerance: float) -> list[int]:
         """Return the weights whose sigma has risen by more than a tolerance, relative to it.
 
-        At first it is what the step found in place of the sigma that the best vector of the step
-        before has by now; later what has changed since the last call. Reads the figures, for
-        which an accelerator would have to be waited.
+        By what a step of all found in place of the sigma that the best vector of the step before
+        has by now; after steps of some, by what they found. Reads the figures, for which an
+        accelerator would have to be waited.
         """
         risen = self.sigma[:, 0] > (1 + tolerance) * self._before
-        self._before = self.sigma[:, 0]
-        return sorted(set(self._weights[risen].tolist())) if risen.any() else []
+        return self._owners(risen) if risen.any() else []
+
+    def _owners(self, maps: Tensor) -> list[int]:
+        """Return the weights of some maps, given by a mask."""
+        return sorted(set(self._weights[maps].tolist()))
+
+    def _side(self, some: Some | None, *, right: bool) -> tuple[Rows, Chunks]:
+        """Return the vectors of a side, and the chunks of all weights there, or of some."""
+        rows = self.right if right else self.left
+        if some is None:
+            return rows, rows.all
+        return rows, some.right if right else some.left
 
 
 class _Room:

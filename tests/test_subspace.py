@@ -431,11 +431,20 @@ def test_rising_weights_are_those_of_a_rising_map():
     subspaces.sigma = torch.tensor([1.0, 1.0, 1.002, 1.0, 1.0]).double()[:, None].repeat(1, 2)
     subspaces._before = torch.ones(5, dtype=torch.float64)
     assert subspaces.rising(0.01) == []
-    subspaces._before = torch.ones(5, dtype=torch.float64)
     assert subspaces.rising(0.001) == [1]
-    assert subspaces.rising(0.001) == []  # since the last call
+    subspaces.some([1])
+    assert subspaces.rising(0.001) == []  # since then
     subspaces.sigma = torch.full((5, 2), math.nan, dtype=torch.float64)
     assert subspaces.rising(0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("sigma", "sound"), [(1.0, True), (0.0, False), (math.nan, False), (math.inf, False)]
+)
+def test_a_sigma_that_is_zero_or_not_finite_is_not_sound(sigma, sound):
+    subspaces = start([torch.ones(6, 5), torch.ones(4, 8)], 3)
+    subspaces.sigma = torch.tensor([[2.0], [sigma]], dtype=torch.float64)
+    assert subspaces.is_sound() == sound
 
 
 @given(st.integers(1, 9), seeds)
