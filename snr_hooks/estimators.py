@@ -31,14 +31,15 @@ MOST_REFINEMENTS = 4
 """Pairs of products with a weight in a step beyond those that are taken anyway."""
 
 REST = 7
-"""For how many steps the best vector alone is multiplied, after one in which few sigmas rose."""
+"""For how many steps the best vector alone is multiplied, after one in which few sigmas rose, or
+none."""
 
 CALM = 0.2
 """By which part of the tolerance sigma may rise in the step before the first ones at rest."""
 
 FEW = 0.25
-"""Which part of the entries of a batch the weights may have whose sigma rises while it rests: two
-products with so many take half the time of one with all."""
+"""Which part of the entries of all matrices of a batch those may have whose sigma rises while it
+rests: two products with so many take half the time of one with all."""
 
 Vectors = Mapping[str, Tensor]
 """What is kept of a weight: ``left``, shape ``(l, m)``, and ``right``, shape ``(r, n)``; and at
@@ -110,7 +111,8 @@ class SubspaceIteration:
             many as that.
         tolerance: Further pairs of products, ``MOST_REFINEMENTS`` at most, are taken with a weight
             as long as they raise its sigma by more than this, relative to it. A step that raises
-            few by ``CALM`` times this is followed by ``REST`` of a single vector, and so on.
+            few or none by ``CALM`` times this is followed by ``REST`` of a single vector, and so
+            on.
         seed: Seed of the starting vectors.
         vectors: Vectors to continue from, by parameter name.
     """
@@ -502,7 +504,7 @@ class _Batch:
         }
         self._latest = self._found[not right]
         self._found_at_rest = self._u_v_adder(members, self._subspaces.pair_at_rest)
-        self._sizes = [target.parameter.numel() for target in members]
+        self._sizes = [math.prod(target.view.shape(target.parameter)) for target in members]
         self._can_rest = k > 1 and self._can_look() and all(t.top == 1 for t in members)
         self._n_rest: int | None = None
         """At rest, for how many steps more; at 0 it is time to look whether it goes on."""
@@ -567,8 +569,8 @@ class _Batch:
     def settle(self, tolerance: float) -> None:
         """Refine, and rest in the next steps, if this one raised few sigmas by much of a tolerance.
 
-        Those few are refined until they rise by no more, either. After a rest, in which vectors
-        fall behind, it may be all of the tolerance.
+        Few, or none: these are refined as long as they rise by so much, a few times. After a rest,
+        in which vectors fall behind, it may be all of the tolerance.
         """
         limit = CALM * tolerance if self._n_rest is None else tolerance
         rests = (
@@ -604,6 +606,8 @@ class _Batch:
             some = self._subspaces.some(due)
             self._subspaces.sit(some)
             self._subspaces.lean(some)
+            if not self._subspaces.is_sound():
+                self._n_rest = None
         return True
 
     def _are_few(self, weights: Sequence[int]) -> bool:

@@ -18,7 +18,7 @@ direction that none of the vectors sees becomes the largest, the next products r
 tell that it was too low. ``rising`` says of which weights; two more steps of these alone follow,
 on either side, and so on while they raise it, a few times.
 
-Where none rises by even a fraction of that, the weights are at rest, and the product with the best
+Where few rise by even a fraction of that, the weights are at rest, and the product with the best
 vector alone is as good for a few steps: its term is again the exact gradient of a lower bound, for
 the weights as they are. A single vector takes less time than a few, and no Rayleigh-Ritz step.
 ``stay`` tells of which it does not do any more: the product is longer than along its partner. Two
@@ -156,8 +156,8 @@ class Subspaces:
                 the last step found, relative to it. Power iteration would raise sigma by that.
 
         Returns:
-            The weights with a product that is longer, of which steps are due. None, and nothing
-            was taken, if a sigma is zero or not finite: then a step of all weights is due.
+            The weights with a product that is longer, of which steps are due. None, and sigma is
+            what it was, if one is zero or not finite: then a step of all weights is due.
         """
         there, of = self._side(None, right=not self.next_is_right)
         square, along = there.gram(self._compared[self.next_is_right], of)[:, 0].unbind(1)
@@ -177,8 +177,9 @@ class Subspaces:
     def sit(self, some: Some) -> None:
         """Take the pairs that steps of some weights found for those of ``pair_at_rest``.
 
-        After ``stay`` and an even number of such steps: one vector of a pair is there already, the
-        other is the best one that is kept of the side that is not multiplied next.
+        After ``stay`` and an even number of such steps: the last image, on the side that is
+        multiplied next, is there already; its partner is the best vector that is kept of the other
+        side, and is copied over an older image.
         """
         there, of = self._side(some, right=not self.next_is_right)
         there.repeat_kept(of)
@@ -227,8 +228,8 @@ class Subspaces:
         """Return the weights whose sigma has risen by more than a tolerance, relative to it.
 
         By what a step of all found in place of the sigma that the best vector of the step before
-        has by now; after steps of some, by what they found. Reads the figures, for which an
-        accelerator would have to be waited.
+        has by now; after ``some``, by what steps of these found since. Reads the figures, for
+        which an accelerator would have to be waited.
         """
         risen = self.sigma[:, 0] > (1 + tolerance) * self._before
         return self._owners(risen) if risen.any() else []

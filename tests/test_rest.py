@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from snr_hooks import SNROptimizer, discover
-from snr_hooks.estimators import CALM, FEW, REST, SubspaceIteration, _Batch
+from snr_hooks.estimators import CALM, FEW, MOST_REFINEMENTS, REST, SubspaceIteration, _Batch
 from snr_hooks.subspace import Subspaces
 from snr_hooks.views import MatrixView
 
@@ -30,9 +30,9 @@ def move(layers, drift, seed=0):
             p += (drift * p.std() * noise).to(p.dtype)
 
 
-def settled(layers, n_vectors=3, tolerance=TOLERANCE):
+def settled(layers, n_vectors=3, tolerance=TOLERANCE, choose=None):
     """Return an iteration on the layers whose next ``REST`` steps are at rest, and its targets."""
-    targets = discover(layers).targets
+    targets = discover(layers, choose=choose).targets
     iteration = SubspaceIteration(1, n_vectors, tolerance, 0)
     for _ in range(200):
         iteration.advance(targets)
@@ -154,11 +154,16 @@ def test_weights_that_changed_are_found_in_the_same_step(change, at):
         assert torch.equal(term.v, expected.v)
 
 
-def with_a_small_weight(kind, n_vectors, side):
-    """Return an iteration at rest on a side, its targets, and the first, which is small."""
+def with_small_weights(kind, n_vectors, side):
+    """Return an iteration at rest on a side, its targets, and the first layers, which are small."""
     torch.manual_seed(0)
-    small = nn.Conv2d(16, 24, 3, groups=4) if kind == "blocks" else nn.Linear(40, 30, bias=False)
-    layers = nn.ModuleList([small, nn.Linear(80, 60), nn.Linear(9, 14)]).double()
+    kinds = {
+        "matrix": [nn.Linear(40, 30, bias=False)],
+        "blocks": [nn.Conv2d(16, 24, 3, groups=4)],
+        "two": [nn.Conv2d(16, 24, 3, groups=4), nn.Linear(20, 30, bias=False)],
+    }
+    small = nn.ModuleList(kinds[kind]).double()
+    layers = nn.ModuleList([*small, nn.Linear(80, 100), nn.Linear(9, 14)]).double()
     targets = discover(layers, choose="blocks").targets
     iteration = SubspaceIteration(1, n_vectors, TOLERANCE, 0)
     for _ in range(200):
@@ -168,11 +173,12 @@ def with_a_small_weight(kind, n_vectors, side):
     raise AssertionError("the iteration never came to rest on this side")
 
 
-def jump(layer):
-    """Change the last rows, of one block if there are any."""
+def jump(layers, size=1.0):
+    """Change the last rows of each, of one block if there are any."""
     with torch.no_grad():
-        rows = layer.weight[-6:]
-        rows += torch.linspace(-1, 1, rows.numel()).sin().view(rows.shape)
+        for layer in layers:
+            rows = layer.weight[-6:]
+            rows += size * torch.linspace(-1, 1, rows.numel()).sin().view(rows.shape)
 
 
 def copies(terms):
@@ -184,14 +190,14 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("n_vectors", [2, 3, 4, 5])
-@pytest.mark.parametrize("kind", ["matrix", "blocks"])
+@pytest.mark.parametrize("kind", ["matrix", "blocks", "two"])
 @pytest.mark.parametrize("side", [True, False])
 def test_a_small_weight_that_jumps_gets_two_products_with_all_its_vectors(
     monkeypatch, n_vectors, kind, side
 ):
     """From the same vectors come the same ones; the other weights rest as if nothing was."""
     monkeypatch.setattr("snr_hooks.estimators.MOST_REFINEMENTS", 1)
-    iteration, targets, small = with_a_small_weight(kind, n_vectors, side)
+    iteration, targets, small = with_small_weights(kind, n_vectors, side)
     state = iteration.state_dict()
     undisturbed = copies(iteration.restored(state, targets).advance(targets))
     jump(small)
@@ -200,13 +206,13 @@ def test_a_small_weight_that_jumps_gets_two_products_with_all_its_vectors(
     shown, before = copies(iteration.peek(targets)), iteration.n_products_taken
     terms = iteration.advance(targets)
     found, after = copies(terms), iteration.state_dict()
-    assert iteration.n_products_taken - before == len(targets) + 2
+    n = len(small)
+    assert iteration.n_products_taken - before == len(targets) + 2 * n
     assert rest_of(iteration) == REST - 2
-    assert same(found[0], expected[0])
-    assert all(map(same, found[1:], undisturbed[1:]))
+    assert all(map(same, found, expected[:n] + undisturbed[n:]))
     assert all(map(same, found, shown))
     for i, target in enumerate(targets):
-        source = state if i else twin.state_dict()
+        source = twin.state_dict() if i < n else state
         for key in ("left", "right"):
             assert torch.equal(after[target.name][key], source[target.name][key])
         added = torch.zeros_like(target.parameter)
@@ -217,37 +223,75 @@ def test_a_small_weight_that_jumps_gets_two_products_with_all_its_vectors(
 
 
 @pytest.mark.parametrize("n_vectors", [2, 3, 4, 5])
-@pytest.mark.parametrize("kind", ["matrix", "blocks"])
+@pytest.mark.parametrize("kind", ["matrix", "blocks", "two"])
 @pytest.mark.parametrize("side", [True, False])
 def test_a_small_weight_that_jumped_rests_with_the_pair_that_was_found(n_vectors, kind, side):
-    iteration, targets, small = with_a_small_weight(kind, n_vectors, side)
+    iteration, targets, small = with_small_weights(kind, n_vectors, side)
     jump(small)
-    _, u, v = copies(iteration.advance(targets))[0]
-    matrix = targets[0].view.matrix(small.weight.detach())
+    pairs = copies(iteration.advance(targets))
     for _ in range(2):
         resumed = iteration.restored(iteration.state_dict(), targets)
         before = iteration.n_products_taken
         found = copies(iteration.advance(targets))
         assert iteration.n_products_taken - before == len(targets)
         assert all(map(same, copies(resumed.advance(targets)), found))
-        sigma, new_u, new_v = found[0]
-        fixed, new_fixed, new, map_ = (
-            (v, new_v, new_u, matrix) if side else (u, new_u, new_v, matrix.mT)
-        )
-        assert torch.equal(new_fixed, fixed)
-        image = (map_ @ fixed.view(*map_.shape[:-2], -1, 1)).view(new.shape)
-        torch.testing.assert_close(sigma[..., None] * new, image, rtol=1e-12, atol=1e-12)
+        for target, (sigma, u, v), (_, old_u, old_v) in zip(targets, found, pairs, strict=True):
+            matrix = target.view.matrix(target.parameter.detach())
+            fixed, old, new, map_ = (v, old_v, u, matrix) if side else (u, old_u, v, matrix.mT)
+            assert torch.equal(fixed, old)
+            image = (map_ @ fixed.view(*map_.shape[:-2], -1, 1)).view(new.shape)
+            torch.testing.assert_close(sigma[..., None] * new, image, rtol=1e-12, atol=1e-12)
 
 
-def test_a_small_weight_that_jumps_is_refined_until_it_rises_no_more():
-    layers = some_layers()
+@pytest.mark.parametrize("n_vectors", [2, 4])  # of which no image leans between two pairs
+def test_a_small_weight_that_jumps_is_refined_as_long_as_that_raises_its_sigma(n_vectors):
+    counts = set()
+    for size in torch.logspace(-2, 0.5, 60).tolist():
+        iteration, targets, small = with_small_weights("matrix", n_vectors, side=True)
+        jump(small, size)
+        state, target = moving_state(iteration), targets[0]
+        weight, (v, *_) = target.parameter.detach(), state[target.name]["right"]
+        image, partner = weight @ v, state[target.name]["left"][0]
+        sigmas, rises = [image.norm().item()], image.norm() > (1 + TOLERANCE) * (image @ partner)
+        twin = SubspaceIteration(2, n_vectors, math.inf, 0).restored(state, targets)
+        while rises and len(sigmas) <= MOST_REFINEMENTS:
+            sigmas.append(twin.advance(targets)[0].sigma)
+            rises = sigmas[-1] > (1 + TOLERANCE) * sigmas[-2]
+        before = iteration.n_products_taken
+        assert iteration.advance(targets)[0].sigma == pytest.approx(sigmas[-1], rel=1e-12)
+        n_pairs = len(sigmas) - 1
+        assert iteration.n_products_taken - before == len(targets) + 2 * n_pairs
+        counts.add(n_pairs)
+    assert len(counts) > 2
+    assert counts >= {0, MOST_REFINEMENTS}
+
+
+def test_a_weight_that_overflows_in_its_own_steps_ends_the_rest():
+    layers = some_layers().float()
     iteration, targets = settled(layers)
-    move(layers[1:2], 2)
+    with torch.no_grad():
+        layers[1].weight.uniform_(-1, 1).mul_(3e38)
     before = iteration.n_products_taken
     terms = iteration.advance(targets)
-    assert iteration.n_products_taken - before >= len(targets) + 4
-    assert terms[1].sigma == pytest.approx(exact(targets[1]), rel=10 * TOLERANCE)
-    assert rest_of(iteration) == REST - 1
+    assert iteration.n_products_taken - before > len(targets)
+    assert not math.isfinite(terms[1].sigma)
+    assert rest_of(iteration) is None
+
+
+def test_few_is_counted_in_entries_of_matrices():
+    """A gain of a normalized weight is small, and what it takes a product with is not."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(90, 60), nn.Linear(50, 30)]).double()
+    nn.utils.parametrizations.weight_norm(layers[0])
+    layers[0].parametrizations.weight.original1.requires_grad_(False)
+    iteration, targets = settled(layers, choose={"0.*": {"weight": "effective"}})
+    assert [target.parameter.numel() for target in targets] == [60, 1500]
+    with torch.no_grad():
+        targets[0].parameter[:8] *= torch.linspace(1, 40, 8)[:, None]
+    before = iteration.n_products_taken
+    iteration.advance(targets)
+    assert rest_of(iteration) is None
+    assert iteration.n_products_taken - before >= 2 * len(targets)  # a step of all
 
 
 @pytest.mark.parametrize(("rows", "few"), [(10, True), (11, False)])
